@@ -1,0 +1,228 @@
+"""Findings -> impressions: batched decoding with a KV cache.
+
+    python -m radllama.generate --model DIR [--adapter DIR] --input pairs.jsonl --output predictions.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from radllama.checkpoint import find_model, load_model
+from radllama.data import INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
+from radllama.lora import load_adapter
+from radllama.model import KVCache, Llama
+from radllama.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Continue every prompt until a stop id (which is the last id returned) or max_new_tokens.
+
+    temperature 0 is greedy. Otherwise each prompt draws from its own generator, seeded by (seed, its place in the
+    list), so that a result does not depend on the batch it was computed in. Raises ValueError for an empty prompt.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty")
+    sampler = Sampler(temperature, top_k, top_p)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # like lengths together; the longest first
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(prompts), desc="generate", unit="report", disable=not progress)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        _decode(model, prompts, outputs, rows, frozenset(stop_ids), max_new_tokens, sampler, seed, bar)
+    bar.close()
+    model.train(was_training)
+    return outputs
+
+
+def _decode(
+    model: Llama,
+    prompts: list[list[int]],
+    outputs: list[list[int]],
+    rows: list[int],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    bar: Any,
+) -> None:
+    """Fill `outputs` of the prompts `rows`, one batch: prefill, then a token a turn; finished rows leave the batch."""
+    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
+    lengths = torch.tensor([len(prompts[row]) for row in rows], device=device)
+    longest = int(lengths.max())
+    # Padded on the right: what stands behind a prompt's end is never attended to, and is overwritten by its output.
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        tokens[place, : lengths[place]] = torch.tensor(prompts[row])
+    generators = {row: torch.Generator().manual_seed(hash((seed, row)) % 2**63) for row in rows}
+    cache = KVCache(model.config, len(rows), longest + max_new_tokens, device=device, dtype=dtype)
+    last = torch.arange(len(rows), device=device) * longest + lengths - 1
+    logits_BV = model(tokens.to(device), cache=cache, label_positions=last)
+    while rows:
+        chosen = sampler.choose(logits_BV, [generators[row] for row in rows])
+        going = []
+        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            outputs[row].append(token)
+            if token in stop_ids or len(outputs[row]) == max_new_tokens:
+                bar.update()
+            else:
+                going.append(place)
+        if len(going) < len(rows):
+            keep = torch.tensor(going, dtype=torch.int64, device=device)
+            cache.keep(keep)
+            lengths, rows = lengths[keep], [rows[place] for place in going]
+            chosen = [chosen[place] for place in going]
+        if rows:
+            next_B1 = torch.tensor(chosen, device=device)[:, None]
+            logits_BV = model(next_B1, positions=lengths[:, None], cache=cache)[:, -1]
+            lengths = lengths + 1
+
+
+class Sampler:
+    """Greedy, or temperature, top-k and top-p (Holtzman et al. 2020) in that order."""
+
+    def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, found {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """The distribution (B, V) that tokens are drawn from."""
+        logits = logits_BV.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            worst = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, float("-inf"))
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None:
+            # Keep the fewest most likely tokens that together reach top_p: those before which less than top_p stands.
+            ordered, index = probabilities.sort(descending=True, stable=True)
+            ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0.0
+            probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """One token a row."""
+        if self.temperature == 0:
+            greedy: list[int] = logits_BV.argmax(-1).tolist()
+            return greedy
+        rows = self.probabilities(logits_BV).cpu()
+        return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators, strict=True)]
+
+
+def predict(
+    model: Llama, tokenizer: Tokenizer, prompt: Prompt, examples: list[Example], *, name: str, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl for the examples, in their order. `options` go to `generate`."""
+    prompts = [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
+    outputs = generate(model, prompts, stop_ids=tokenizer.stop_ids, **options)
+    return [
+        example.fields
+        | {
+            "id": example.id,
+            "findings": example.findings,
+            "reference": example.impression,
+            "prediction": tokenizer.decode(output).strip(),
+            "model": name,
+            "stop_reason": "stop" if output[-1] in tokenizer.stop_ids else "length",
+        }
+        for example, output in zip(examples, outputs, strict=True)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m radllama.generate", description="Write impressions for findings.")
+    parser.add_argument("--model", required=True, help="model folder or Hugging Face repository")
+    parser.add_argument("--adapter", type=Path, help="LoRA adapter folder (runs/NAME/best, or PEFT's)")
+    parser.add_argument("--input", required=True, type=Path, help="JSON lines with id and findings (impression: the reference)")
+    parser.add_argument("--output", required=True, type=Path, help="predictions.jsonl to write")
+    parser.add_argument("--quantize", choices=["nf4", "fp4"], help="store the weights in 4 bits, as QLoRA trained them")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompt-format", choices=["llama3", "llama2", "alpaca"], help="default: as in training")
+    parser.add_argument("--instruction", help="default: the first wording of training")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="only the first N reports")
+    parser.add_argument("--name", help="what predictions.jsonl calls this model; default: the adapter's or model's folder")
+    options = parser.parse_args(arguments)
+    try:
+        rows = _run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    cut = sum(row["stop_reason"] == "length" for row in rows)
+    print(f"wrote {options.output}: {len(rows)} predictions, {cut} cut at {options.max_new_tokens} tokens")
+
+
+def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, but this machine shows no CUDA GPU; use cpu")
+    if options.max_new_tokens < 1 or options.batch_size < 1:
+        raise ValueError("--max-new-tokens and --batch-size: expected at least 1")
+    Sampler(options.temperature, options.top_k, options.top_p)
+    if not options.output.parent.is_dir():
+        raise ValueError(f"--output: the folder {options.output.parent} does not exist")
+    examples = read_examples(options.input, need_impression=False)[: options.limit]
+    if any(not example.findings for example in examples):
+        raise ValueError(f"{options.input}: expected findings on every line, found plain texts")
+    source = find_model(options.model)
+    trained = Prompt.load(options.adapter if options.adapter else source)
+    prompt_format = options.prompt_format or (trained.format if trained else None)
+    tokenizer = Tokenizer.from_dir(source, prompt_format=prompt_format)
+    instruction = options.instruction or (trained.instructions if trained else INSTRUCTIONS)[0]
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else _dtype(options.device)
+    model = load_model(source, quantize=options.quantize, dtype=dtype, device=options.device, progress=True)
+    check_vocabulary(tokenizer, model.config.vocab_size, source=str(source))
+    if options.adapter:
+        load_adapter(model, options.adapter)
+    rows = predict(
+        model, tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples,
+        name=options.name or str(options.adapter or options.model), max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        batch_size=options.batch_size, progress=True)  # fmt: skip
+    partial = options.output.with_name(options.output.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(options.output)
+    return rows
+
+
+def _dtype(device: str) -> torch.dtype:
+    """bf16 where the GPU has it, else fp16; fp32 on a CPU, the dtype that is exact."""
+    if not device.startswith("cuda"):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""LoRA over any linear layer, quantised or not: inject, merge, save and load in PEFT's format.
+
+y = base(x) + scaling * B(A(dropout(x))), with A (rank, in) random, B (out, rank) zero, and only these two trained
+(Hu et al. 2021, arXiv 2106.09685). scaling is alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from radllama.quant import Linear4bit
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its low-rank update; the base is frozen."""
+
+    def __init__(
+        self, base: nn.Linear | Linear4bit, *, rank: int, alpha: float, dropout: float, rslora: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.dropout_p, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=dtype)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # PEFT's choice
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+        return out
+
+    def merged_weight(self) -> Tensor:
+        """W + scaling * B A (out, in) in the adapter's dtype, summed in fp32; a 4-bit base is de-quantised first."""
+        weight = self.base.dequantize(torch.float32) if isinstance(self.base, Linear4bit) else self.base.weight.detach()
+        return merged(weight, self.lora_A.weight, self.lora_B.weight, self.scaling).to(self.lora_A.weight.dtype)
+
+
+def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """weight + scaling * lora_B lora_A in fp32: (out, in) + (out, rank) (rank, in)."""
+    return weight.float() + scaling * (lora_B.detach().float() @ lora_A.detach().float())
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] | list[str] = ALL_LINEAR,
+    rslora: bool = False,
+) -> list[str]:
+    """Freeze the model and wrap every linear layer whose last name part is in `targets`; returns their full names.
+
+    Raises ValueError for a target that no linear layer matches, or a model that has LoRA layers already.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, found {rank}")
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model already has LoRA layers; merge_lora(model) first")
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Linear4bit)}
+    unmatched = sorted(set(targets) - {name.rpartition(".")[2] for name in linears})
+    if unmatched or not targets:
+        present = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"targets: no linear layer is called {unmatched}; the model has {present}")
+    model.requires_grad_(False)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    adapted = [name for name in linears if name.rpartition(".")[2] in targets]
+    for name in adapted:
+        layer = LoRALinear(linears[name], rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dtype=dtype)
+        replace_layer(model, name, layer)
+    return adapted
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The LoRA layers and their full names."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear))
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Exactly the parameters that training changes."""
+    return [p for _, layer in lora_layers(model) for p in (layer.lora_A.weight, layer.lora_B.weight)]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every update into its weight and put plain linear layers back; a 4-bit base becomes full precision."""
+    for name, layer in list(lora_layers(model)):
+        weight = layer.merged_weight()
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight)
+        replace_layer(model, name, linear)
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, base_model: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does. `base_model` names the base in the config.
+
+    Under ZeRO-3 the caller gathers `lora_parameters(model)` first.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save")
+    tensors = {}
+    for name, layer in layers.items():
+        for part, linear in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if linear.weight.dim() != 2 or not linear.weight.numel():
+                raise ValueError(f"{name}.{part} is partitioned: gather lora_parameters(model) before saving")
+            tensors[f"{_PEFT_PREFIX}{name}.{part}.weight"] = linear.weight.detach().cpu().contiguous()
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout_p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Add LoRA layers to the model as the folder's adapter_config.json says and fill them from its weights.
+
+    Raises ValueError that lists all missing, unexpected and misshapen tensors at once.
+    """
+    config, tensors = read_adapter(path)
+    add_lora(
+        model,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=config["target_modules"],
+        rslora=config.get("use_rslora", False),
+    )
+    wanted: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model):
+        wanted[f"{name}.lora_A"], wanted[f"{name}.lora_B"] = layer.lora_A.weight, layer.lora_B.weight
+    problems = [f"missing: {key}" for key in wanted.keys() - tensors.keys()]
+    problems += [f"unexpected: {key}" for key in tensors.keys() - wanted.keys()]
+    problems += [
+        f"misshapen: {key}: expected {tuple(wanted[key].shape)}, found {tuple(tensors[key].shape)}"
+        for key in wanted.keys() & tensors.keys()
+        if wanted[key].shape != tensors[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(sorted(problems)))
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter folder's config and its tensors, keyed "<layer name>.lora_A" and ".lora_B" (ValueError if malformed)."""
+    folder = Path(path)
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        raw = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; {error.filename or error} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: not valid JSON ({error})") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: truncated or not a safetensors file ({error})") from None
+    _check_adapter_config(config, folder / CONFIG_FILE)
+    tensors = {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): value for key, value in raw.items()}
+    return config, tensors
+
+
+def scaling_of(config: dict[str, Any]) -> float:
+    """The factor of an adapter's update, from its adapter_config.json."""
+    return float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+
+
+def _check_adapter_config(config: Any, file: Path) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type: expected 'LORA', found {config.get('peft_type')!r}")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        problems.append(f"r: expected a positive integer, found {config.get('r')!r}")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        problems.append(f"lora_alpha: expected a number, found {config.get('lora_alpha')!r}")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        problems.append(f"target_modules: expected a list of layer names, found {targets!r}")
+    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out")
+    problems += [f"{key}: {config[key]!r} is not supported" for key in unsupported if config.get(key)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias: expected 'none', found {config['bias']!r}")
+    if problems:
+        raise ValueError(f"{file}: not an adapter this code can load:\n  " + "\n  ".join(problems))
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where the model's sub-module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,377 @@
+"""Llama 2, 3, 3.1, 3.2 and 3.3 in one file: configuration, RMSNorm, RoPE, grouped-query attention, SwiGLU, KV cache.
+
+Module and parameter names are Hugging Face's, so that a checkpoint loads without a key map. Tensors carry their
+dimensions as suffix:
+
+    B batch   T tokens in the row   S keys   C hidden_size   H query heads   K key/value heads   D head_dim   V vocabulary
+    N supervised positions
+
+Sources: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), Llama team 2024 (arXiv 2407.21783).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# (q_BHTD, k_BKTD, v_BKTD) -> out_BHTD
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling (arXiv 2407.21783, section 3.4.2 and the released code)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama; field names are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> LlamaConfig:
+        """Read a config.json (or the folder that holds it), as transformers 4 or 5 writes it.
+
+        Raises ValueError, naming the file and every key at fault, if it describes anything but a Llama.
+        """
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{file}: not found; a model folder holds a config.json beside its weights") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+        return cls.from_dict(raw, source=str(file))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> LlamaConfig:
+        """Build from the keys of a config.json; `source` names the origin in errors (ValueError, all at once)."""
+        # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
+        rope: dict[str, Any] = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        problems = [
+            f"{key}: expected {value!r}, found {raw[key]!r}" for key, value in expected.items() if raw.get(key, value) != value
+        ]
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        optional = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
+        for key in sizes + [key for key in optional if raw.get(key) is not None]:
+            if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or raw[key] < 1:
+                problems.append(f"{key}: expected a positive integer, found {raw.get(key)!r}")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {rope_type!r}")
+        scaling = None
+        if rope_type == "llama3":
+            try:
+                scaling = RopeScaling(
+                    factor=float(rope["factor"]),
+                    low_freq_factor=float(rope["low_freq_factor"]),
+                    high_freq_factor=float(rope["high_freq_factor"]),
+                    original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                problems.append(f"rope_scaling: missing or not a number: {error}")
+        if problems:
+            raise ValueError(f"{source}: not a Llama this code can run:\n  " + "\n  ".join(problems))
+        heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+        if heads % kv_heads:
+            raise ValueError(f"{source}: num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})")
+        if head_dim % 2:
+            raise ValueError(f"{source}: head_dim ({head_dim}) must be even: RoPE turns pairs of dimensions")
+        return cls(
+            **{key: raw[key] for key in sizes},
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),  # the defaults are transformers' LlamaConfig's
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+            rope_scaling=scaling,
+            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a config.json under their older names, which transformers 4 and 5 both read."""
+        fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        scaling = {"rope_type": "llama3"} | asdict(self.rope_scaling) if self.rope_scaling else None
+        return fixed | asdict(self) | {"rope_scaling": scaling, "attention_bias": False, "mlp_bias": False}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 whatever the input's dtype (Zhang & Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x = x_BTC.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_BTC.dtype)
+
+
+@lru_cache
+def inverse_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """RoPE's angular frequencies (D / 2,), fp32. No buffer of the model: a cast to bf16 would ruin them."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    # Llama 3.1: keep the fast dimensions, slow the slow ones by `factor`, blend in between.
+    wavelength = 2 * math.pi / frequency
+    blend = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def rotary_angles(positions_BT: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, (B, 1, T, D) each."""
+    angles = positions_BT[:, None, :, None].float() * inverse_frequencies(config, positions_BT.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn dimension i against i + D/2 (Hugging Face's split halves; Meta's own files interleave them)."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Every token sees itself and what stands before it in its row."""
+    return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
+
+
+def packed_attention(segments: Tensor) -> Attend:
+    """Attention for one packed row: a segment's tokens see the segment's prefix and, causally, the segment itself.
+
+    segments (n, 4) int64 on the CPU: start, end, prefix_start, prefix_end, as positions in the row; the segments
+    tile the row, and a prefix is an earlier segment (or empty). One call of the kernel a segment: no work is spent
+    on pairs of tokens that must not meet.
+    """
+    rows: list[tuple[int, int, int, int]] = [(a, b, c, d) for a, b, c, d in segments.tolist()]
+
+    def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        outputs = []
+        for start, end, prefix_start, prefix_end in rows:
+            q, k, v = (x[:, :, start:end] for x in (q_BHTD, k_BKTD, v_BKTD))
+            if prefix_start == prefix_end:
+                outputs.append(causal_attention(q, k, v))
+                continue
+            k = torch.cat((k_BKTD[:, :, prefix_start:prefix_end], k), dim=2)
+            v = torch.cat((v_BKTD[:, :, prefix_start:prefix_end], v), dim=2)
+            sees = lower_right_mask(end - start, k.shape[2], q.device)
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True))
+        return torch.cat(outputs, dim=2)
+
+    return attend
+
+
+@lru_cache(maxsize=1024)
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last query sees every key, each one before it sees one key less."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+class KVCache:
+    """Keys and values of the tokens so far: (layers, B, K, S, D) each, rows of unequal length, filled from the left."""
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch (finished ones leave)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+    def attends(self, positions_BT: Tensor) -> list[Attend]:
+        """One a layer: store the new keys and values at `positions_BT` of their rows, attend to all up to each token."""
+        row = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        longest = int(positions_BT.max()) + 1
+        sees = torch.arange(longest, device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
+
+        def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layer: int) -> Tensor:
+            k, v = self.k[layer], self.v[layer]
+            k[row, :, positions_BT] = k_BKTD.transpose(1, 2)
+            v[row, :, positions_BT] = v_BKTD.transpose(1, 2)
+            k, v = k[:, :, :longest], v[:, :, :longest]
+            return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=sees, enable_gqa=True)
+
+        return [partial(attend, layer=layer) for layer in range(len(self.k))]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def qkv(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x_BTC), self.k_proj(x_BTC), self.v_proj(x_BTC)
+
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        B, T, _ = x_BTC.shape
+        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in self.qkv(x_BTC))  # (B, heads, T, D)
+        out_BHTD = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        out: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def gate_up(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x_BTC), self.up_proj(x_BTC)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTC)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos, sin, attend)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm: everything below the head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attends: list[Attend]) -> Tensor:
+        x_BTC: Tensor = self.embed_tokens(tokens_BT)
+        cos, sin = rotary_angles(positions_BT, self.config, x_BTC.dtype)
+        for layer, attend in zip(self.layers, attends, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BTC = checkpoint(layer, x_BTC, cos, sin, attend, use_reentrant=False)
+            else:
+                x_BTC = layer(x_BTC, cos, sin, attend)
+        out: Tensor = self.norm(x_BTC)
+        return out
+
+
+class Llama(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        label_positions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); with `label_positions` only theirs (N, V); with `labels` their cross-entropies (N,), fp32.
+
+        positions (B, T): RoPE's positions, 0 .. T-1 if not given.
+        segments (n, 4): the row is packed; see `packed_attention`.
+        cache: tokens are appended to it at `positions`.
+        label_positions (N,): indices into the B * T tokens whose *next* token is supervised; labels (N,) are those tokens.
+        """
+        if positions is None:
+            positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        if cache is not None:
+            attends = cache.attends(positions)
+        else:
+            attend = causal_attention if segments is None else packed_attention(segments)
+            attends = [attend] * self.config.num_hidden_layers
+        x: Tensor = self.model(tokens_BT, positions, attends)
+        if label_positions is not None:
+            x = x.flatten(0, 1)[label_positions]
+        if labels is not None:
+            return chunked_cross_entropy(self.lm_head, x, labels)
+        logits: Tensor = self.lm_head(x)
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Random weights for training from scratch: N(0, std), residual outputs scaled by depth (GPT-2), norms one."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 1024) -> Tensor:
+    """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
+
+    def losses(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), labels, reduction="none")
+
+    parts = list(zip(x_NC.split(chunk), labels_N.split(chunk), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([losses(x, labels) for x, labels in parts])
+    return torch.cat([checkpoint(losses, x, labels, use_reentrant=False) for x, labels in parts])

@@ -1,0 +1,195 @@
+"""4-bit linear layers (NF4 and FP4) over bitsandbytes' kernels.
+
+A weight is cut into blocks of 64 values; each block is divided by its largest magnitude ("absmax") and every value is
+replaced by the nearest of 16 codes (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3). With double
+quantisation the absmax values are themselves stored in 8 bits, in blocks of 256, less their mean.
+
+Codes *and* statistics are uint8 parameters. DeepSpeed's engine casts floating parameters to its dtype, which would ruin
+them, and ZeRO-3 partitions parameters only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes import functional as bnb
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+
+QuantType = Literal["nf4", "fp4"]
+BLOCK = 64  # values that share one absmax
+NESTED_BLOCK = 256  # absmax values that share one second-level absmax
+STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type: where a checkpoint keeps shape, dtype and offset
+_SLICE = BLOCK * NESTED_BLOCK * 1024  # values quantised at a time (16.8 M): bounds the scratch memory
+
+
+class Linear4bit(nn.Module):
+    """y = x W^T with a frozen 4-bit W (out_features, in_features), de-quantised to x's dtype at each use.
+
+    weight (out_features * in_features / 2, 1) uint8: two codes a byte, bitsandbytes' layout.
+    statistics uint8: the bytes of the fp32 absmax values; or, double-quantised, those of the fp32 second-level absmax
+    values and of the fp32 mean, followed by one 8-bit code for each block.
+    """
+
+    weight: nn.Parameter
+    statistics: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        quant_type: QuantType = "nf4",
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.double_quant = quant_type, double_quant
+        values = in_features * out_features
+        if values % 2:
+            raise ValueError(f"4-bit weights are packed in pairs: {out_features} x {in_features} values is an odd number")
+        blocks = math.ceil(values / BLOCK)
+        self._nested_blocks = math.ceil(blocks / NESTED_BLOCK)
+        statistics = 4 * (self._nested_blocks + 1) + blocks if double_quant else 4 * blocks
+        self.weight = _frozen(torch.empty(values // 2, 1, dtype=torch.uint8, device=device))
+        self.statistics = _frozen(torch.empty(statistics, dtype=torch.uint8, device=device))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, *, quant_type: QuantType = "nf4", double_quant: bool = True) -> Linear4bit:
+        """Quantise a floating (out_features, in_features) weight on its device; same codes as bitsandbytes'."""
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(f"expected a floating (out, in) weight, found {weight.dtype} {tuple(weight.shape)}")
+        layer = cls(weight.shape[1], weight.shape[0], quant_type=quant_type, double_quant=double_quant, device="meta")
+        codes, absmaxes = [], []
+        for piece in weight.detach().reshape(-1).split(_SLICE):
+            packed, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type=quant_type)
+            codes.append(packed)
+            absmaxes.append(state.absmax)
+        absmax = torch.cat(absmaxes)
+        layer.weight = _frozen(torch.cat(codes))
+        if double_quant:
+            mean = absmax.mean()
+            blocks, nested = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
+            layer.statistics = _frozen(torch.cat((_bytes(nested.absmax), _bytes(mean[None]), blocks)))
+        else:
+            layer.statistics = _frozen(_bytes(absmax))
+        return layer
+
+    def quant_state(self, dtype: torch.dtype) -> QuantState:
+        """bitsandbytes' description of this weight, to be de-quantised to `dtype`."""
+        device = self.weight.device
+        state = QuantState(
+            absmax=None,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=bnb.get_4bit_type(self.quant_type, device=device),
+            blocksize=BLOCK,
+            quant_type=self.quant_type,
+            dtype=dtype,
+        )
+        if not self.double_quant:
+            state.absmax = _floats(self.statistics)
+            return state
+        floats = _floats(self.statistics[: 4 * (self._nested_blocks + 1)])
+        state.absmax = self.statistics[4 * (self._nested_blocks + 1) :].detach()
+        state.offset = floats[-1]
+        state.state2 = QuantState(
+            absmax=floats[:-1], code=_dynamic_map(device), blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
+        state.nested = True
+        return state
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) as a new tensor."""
+        weight: Tensor = bnb.dequantize_4bit(self.weight.detach(), self.quant_state(dtype))
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _FrozenMatmul.apply(x, self)
+        return out
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a checkpoint holds for this layer, in the format that transformers and bitsandbytes read."""
+        return {"weight": self.weight.detach()} | {
+            f"weight.{key}": value for key, value in self.quant_state(dtype).as_dict(packed=True).items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Linear4bit:
+        """The inverse of `tensors`. Raises ValueError where the format is not one this layer can hold."""
+        state_key = next((key for key in tensors if key.startswith(f"weight.{STATE_KEY}")), None)
+        if state_key is None:
+            raise ValueError(f"expected a tensor weight.{STATE_KEY}nf4 or ...fp4 beside the packed weight")
+        state = QuantState.from_dict({key.removeprefix("weight."): tensors[key] for key in tensors if key != "weight"}, "cpu")
+        if state.shape is None or len(state.shape) != 2 or state.blocksize != BLOCK:
+            raise ValueError(f"expected a 2-D weight in blocks of {BLOCK}, found {state.shape} in {state.blocksize}")
+        quant_type = cls._check_codes(state)
+        layer = cls(state.shape[1], state.shape[0], quant_type=quant_type, double_quant=state.nested, device="meta")
+        packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
+        if state.nested:
+            parts = (_bytes(state.state2.absmax), _bytes(state.offset.reshape(1)), state.absmax)
+            statistics = torch.cat([part.to(packed.device) for part in parts])
+        else:
+            statistics = _bytes(state.absmax.float())
+        for name, found, wanted in (("weight", packed, layer.weight), ("absmax", statistics, layer.statistics)):
+            if found.shape != wanted.shape:
+                raise ValueError(f"{name}: expected {wanted.numel()} bytes for {tuple(state.shape)}, found {found.numel()}")
+        layer.weight, layer.statistics = _frozen(packed.clone()), _frozen(statistics.clone())
+        return layer
+
+    @staticmethod
+    def _check_codes(state: Any) -> QuantType:
+        """The layer keeps no code tables of its own, so the checkpoint's must be the standard ones."""
+        if state.quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"expected quant_type nf4 or fp4, found {state.quant_type!r}")
+        quant_type: QuantType = state.quant_type
+        tables = [(state.code, bnb.get_4bit_type(quant_type, device="cpu"))]
+        if state.nested:
+            if state.state2.blocksize != NESTED_BLOCK:
+                raise ValueError(f"expected a nested block size of {NESTED_BLOCK}, found {state.state2.blocksize}")
+            tables.append((state.state2.code, _dynamic_map(torch.device("cpu"))))
+        for found, standard in tables:
+            if found.shape != standard.shape or not torch.allclose(found.float().cpu(), standard, atol=1e-6):
+                raise ValueError("a code table (quant_map) differs from bitsandbytes' own")
+        return quant_type
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.quant_type}, double={self.double_quant}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x W^T that keeps nothing for the backward pass: W is de-quantised again, and gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer  # not the tensors: under ZeRO-3 they come and go between forward and backward
+        return F.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _bytes(floats: Tensor) -> Tensor:
+    return floats.detach().float().contiguous().view(torch.uint8)
+
+
+def _floats(raw: Tensor) -> Tensor:
+    return raw.detach().clone().view(torch.float32)  # cloned: a gathered partition need not be aligned to 4 bytes
+
+
+_DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' 256 codes for the second level."""
+    if device not in _DYNAMIC_MAPS:
+        _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
+    return _DYNAMIC_MAPS[device]

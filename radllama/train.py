@@ -1,0 +1,617 @@
+"""Fine-tune a Llama on findings/impression pairs: an explicit DeepSpeed engine loop.
+
+    deepspeed radllama/train.py --config qlora.json [--set training.learning_rate=1e-4] [--resume]
+
+The run folder (training.output) afterwards holds
+
+    config.json      the resolved config                 metrics.jsonl  one line a step, one a validation
+    last/, best/     the weights at the end, and those with the lowest validation loss: an adapter in PEFT's format,
+                     or a full model in Hugging Face's, each with its tokenizer and prompt.json
+    loss.png         the loss curve                      checkpoints/   what --resume continues from
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import deepspeed
+import deepspeed.comm as dist
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from radllama.checkpoint import atomic_folder, find_model, load_model, write_model
+from radllama.config import Config, read_config
+from radllama.data import INSTRUCTIONS, Pack, Prompt, Reports, Row, check_vocabulary, in_order, pack, read_examples, spread
+from radllama.lora import add_lora, lora_parameters, save_adapter
+from radllama.model import Llama, LlamaConfig
+from radllama.tokenizer import Tokenizer
+
+logger = logging.getLogger("radllama")
+
+KEEP_CHECKPOINTS = 2
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Run the whole job of a config and return the run folder.
+
+    Works alone in one process, and in every process that the deepspeed launcher (or torchrun) starts.
+    Raises ValueError for bad input before any weight is loaded, TrainingError where training must stop.
+    """
+    ours = not dist.is_initialized()
+    place = start(config)
+    try:
+        folder = claim_run_folder(config, resume)
+        source = find_model(config.model.path, revision=config.model.revision)
+        tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
+        prompt = Prompt(tokenizer.prompt_format, tuple(config.data.instructions or INSTRUCTIONS))
+        check_vocabulary(tokenizer, LlamaConfig.from_json(source).vocab_size, source=str(source))
+        warn_of_untrained_headers(config, source, tokenizer)
+        training = read_reports(config, config.data.train, tokenizer, prompt)
+        validation = read_reports(config, config.data.validation, tokenizer, prompt) if config.data.validation else None
+        if config.training.batch_size < place.world * config.training.accumulation:
+            raise ValueError(
+                f"training.batch_size: {config.training.batch_size} reports cannot fill {place.world} ranks x "
+                f"{config.training.accumulation} accumulation steps"
+            )
+        dist.barrier()  # every rank has checked; from here on something is written
+        model = build_model(config, source, place)
+        model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
+        engine = start_engine(config, model, place)
+        run = Run(config, place, folder, engine, tokenizer, prompt, source)
+        run.loop(training, validation, resume=resume)
+        return folder
+    finally:
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Run:
+    """One training run: the engine, the loop, and what is written to the run folder."""
+
+    def __init__(
+        self, config: Config, place: Place, folder: Path, engine: Any, tokenizer: Tokenizer, prompt: Prompt, source: Path
+    ) -> None:
+        self.config, self.place, self.folder, self.engine = config, place, folder, engine
+        self.tokenizer, self.prompt, self.source = tokenizer, prompt, source
+        self.best = math.inf
+
+    def loop(self, training: Reports, validation: Reports | None, *, resume: bool) -> None:
+        """Batch, forward, backward, step; log, validate, save."""
+        t, place, engine = self.config.training, self.place, self.engine
+        total = t.steps or max(1, round((t.epochs or 0) * len(training) / t.batch_size))
+        first = self.load_checkpoint(total) if resume else 0
+        log = MetricsLog(self.folder / "metrics.jsonl", keep_below=first) if place.rank == 0 else None
+        bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=place.rank != 0, mininterval=0.5)
+        started, memory = time.monotonic(), PeakMemory(place.device)
+
+        for step in range(first, total):
+            begun = time.monotonic()
+            seed_everything(t.seed, step, place.rank)
+            learning_rate = learning_rate_at(step, total, self.config)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            rows = training.step(step, t.batch_size)
+            supervised = sum(sum(row.mask[1:]) for row in rows)  # over all ranks: each rank draws the whole step
+            mine = spread(rows, place.world * t.accumulation)[place.rank * t.accumulation :][: t.accumulation]
+            engine.train()
+            losses = []
+            for number, members in enumerate(mine):
+                batch = pack(members)
+                token_losses = self.forward(batch)
+                losses.append((batch, token_losses.detach()))
+                # The step's loss is sum / supervised tokens of the step. DeepSpeed averages gradients over ranks,
+                # and would divide by the accumulation steps: undo the one, switch off the other.
+                engine.backward(token_losses.sum() * (place.world / supervised), scale_wrt_gas=False)
+                if number < len(mine) - 1:
+                    engine.step()  # counts the micro-step; weights change at the last one only
+            loss = global_sum(sum(float(values.sum()) for _, values in losses), place) / supervised
+            if not math.isfinite(loss):  # before the step: the weights are still good
+                self.stop(f"step {step + 1}: the loss is {loss}", losses)
+            engine.step()
+            norm = engine.get_global_grad_norm()
+            if norm is not None and not math.isfinite(norm) and place.dtype != torch.float16:
+                self.stop(f"step {step + 1}: the gradient norm is {norm}", losses)
+
+            seconds = time.monotonic() - begun
+            record = {
+                "step": step + 1,
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "gradient_norm": None if norm is None else float(norm),
+                "reports_per_second": t.batch_size / seconds,
+                "supervised_tokens_per_second": supervised / seconds,
+                "memory_gb": memory.gigabytes(),
+                "seconds": time.monotonic() - started,
+            }
+            if log is not None:
+                log.write(record)
+                show(bar, record)
+            self.monitor({"Train/loss": loss, "Train/learning_rate": learning_rate}, step + 1)
+
+            last = step + 1 == total
+            if validation is not None and (last or (t.validate_every and (step + 1) % t.validate_every == 0)):
+                self.validate(validation, step + 1, log)
+            if last or (t.save_every and (step + 1) % t.save_every == 0):
+                self.save_checkpoint(step + 1)
+        bar.close()
+        self.save_weights("last")
+        if log is not None:
+            draw_losses(self.folder)
+        dist.barrier()
+
+    def forward(self, batch: Pack) -> Tensor:
+        """The cross-entropy of every supervised token of a pack (N,), fp32."""
+        device = self.place.device
+        losses: Tensor = self.engine(
+            batch.tokens.to(device),
+            positions=batch.positions.to(device),
+            segments=batch.segments,
+            label_positions=batch.label_positions.to(device),
+            labels=batch.labels.to(device),
+        )
+        return losses
+
+    def validate(self, reports: Reports, step: int, log: MetricsLog | None) -> None:
+        """Token-weighted loss over all validation reports; the best weights so far are saved."""
+        place, t = self.place, self.config.training
+        sums = [0.0, 0.0]  # loss, supervised tokens
+        self.engine.eval()
+        with torch.no_grad():
+            for rows in in_order(reports, max(place.world, t.batch_size // t.accumulation)):
+                packs = spread(rows, min(place.world, len(rows)))
+                spare = place.rank >= len(packs)  # fewer reports than ranks: run along (ZeRO-3 gathers), count nothing
+                losses = self.forward(pack(packs[0 if spare else place.rank]))
+                if not spare:
+                    sums[0] += float(losses.sum())
+                    sums[1] += len(losses)
+        loss = global_sum(sums[0], place) / global_sum(sums[1], place)
+        if log is not None:
+            log.write({"step": step, "validation_loss": loss})
+            tqdm.write(f"step {step}: validation loss {loss:.4f}" + (" (best so far)" if loss < self.best else ""))
+        self.monitor({"Validation/loss": loss}, step)
+        if loss < self.best:
+            self.best = loss
+            self.save_weights("best")
+
+    def monitor(self, values: dict[str, float], step: int) -> None:
+        """To DeepSpeed's monitors (TensorBoard, CSV, W&B), where its section asks for one."""
+        if self.place.rank == 0 and self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def stop(self, what: str, losses: list[tuple[Pack, Tensor]]) -> None:
+        """Raise on every rank, naming the reports whose own loss is not finite."""
+        bad = {batch.ids[int(batch.owners[i])] for batch, v in losses for i in (~v.isfinite()).nonzero().flatten().tolist()}
+        blame = f"; reports on this rank: {', '.join(sorted(bad))}" if bad else ""
+        raise TrainingError(f"{what}{blame}. No weights were saved; the last checkpoint is good, --resume starts there")
+
+    def save_weights(self, name: str) -> None:
+        """Write last/ or best/: an adapter or a full model, the tokenizer, and how the model was asked."""
+        model: Llama = self.engine.module
+        if self.config.method == "full":
+            tensors = gathered(model)
+            if self.place.rank != 0:
+                for _ in tensors:  # ZeRO-3: every rank takes part in gathering
+                    pass
+                return
+            with atomic_folder(self.folder / name) as folder:
+                write_model(tensors, model.config, folder / "model")
+                for file in (folder / "model").iterdir():
+                    file.rename(folder / file.name)
+                (folder / "model").rmdir()
+                self.save_prompt(folder)
+            return
+        with gather(lora_parameters(model)):
+            if self.place.rank == 0:
+                with atomic_folder(self.folder / name) as folder:
+                    save_adapter(model, folder, base_model=self.config.model.path)
+                    self.save_prompt(folder)
+
+    def save_prompt(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
+        self.prompt.save(folder)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Everything --resume needs. Written beside and renamed; `latest` moves last; older ones go afterwards."""
+        folder = self.folder / "checkpoints"
+        tag, partial = f"step_{step:08d}", f"step_{step:08d}.partial"
+        state = {"step": step, "best": self.best}
+        self.engine.save_checkpoint(
+            str(folder), tag=partial, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+        dist.barrier()
+        if self.place.rank == 0:
+            shutil.rmtree(folder / tag, ignore_errors=True)
+            (folder / partial).rename(folder / tag)
+            replace_text(folder / "latest", tag)
+            for old in sorted(folder.glob("step_*"))[:-KEEP_CHECKPOINTS]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def load_checkpoint(self, total: int) -> int:
+        """Continue from the last complete checkpoint; returns the number of steps it has done."""
+        folder = self.folder / "checkpoints"
+        latest = folder / "latest"
+        if not latest.exists():
+            raise ValueError(f"--resume: {folder} holds no complete checkpoint; start without --resume")
+        tag = latest.read_text(encoding="utf-8").strip()
+        loaded, state = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(f"--resume: {folder / tag} cannot be loaded; remove it and point 'latest' to an older one")
+        self.best = state["best"]
+        step = int(state["step"])
+        if self.place.rank == 0:
+            logger.info("resumed from step %d of %d", step, total)
+        return step
+
+
+def start(config: Config) -> Place:
+    """Join the process group and choose device and dtype; rank 0 says which and why."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    for name in ("DeepSpeed", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    accelerator = get_accelerator().device_name()
+    wanted = config.training.device
+    if wanted == "cuda" and accelerator != "cuda":
+        raise ValueError("training.device: cuda was asked for, but this machine shows no CUDA GPU; use auto or cpu")
+    if wanted == "cpu" and accelerator != "cpu":
+        raise ValueError("training.device: for cpu on a machine with a GPU set DS_ACCELERATOR=cpu in the environment")
+    if "RANK" not in os.environ:  # one process, no launcher
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if accelerator == "cuda" else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
+    dtype, reason = choose_dtype(config, device)
+    place = Place(dist.get_rank(), dist.get_world_size(), local_rank, device, dtype)
+    if place.rank != 0:
+        logger.setLevel(logging.WARNING)
+    logger.info("%d x %s, %s: %s", place.world, device.type, str(dtype).removeprefix("torch."), reason)
+    return place
+
+
+def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why."""
+    if config.training.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.training.dtype)
+        return chosen, "as training.dtype says"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes in bf16"
+        return torch.float16, "this GPU has no bf16; fp16 with loss scaling"
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU multiplies bf16 matrices in hardware (AMX)"
+    return torch.float32, "without AMX, fp32 matrix products are faster than bf16 on a CPU"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def claim_run_folder(config: Config, resume: bool) -> Path:
+    """Check the run folder on every rank, then let rank 0 make it and write the resolved config."""
+    folder = Path(config.training.output)
+    file = folder / "config.json"
+    text = json.dumps(config.resolved(), indent=2, ensure_ascii=False) + "\n"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"training.output: {folder} is a file")
+    if file.exists():
+        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), json.loads(text))
+        if changed:
+            raise ValueError(
+                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another folder"
+            )
+        if not resume:
+            raise ValueError(f"training.output: {folder} holds this run already; continue it with --resume, or remove it")
+    elif resume:
+        raise ValueError(f"--resume: {folder} holds no run; start without --resume")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+    return folder
+
+
+def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
+    """Paths at which two configs differ, the comment aside."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted((old.keys() | new.keys()) - {"comment"})
+        return [key for k in keys for key in changed_keys(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+def read_reports(config: Config, path: str, tokenizer: Tokenizer, prompt: Prompt) -> Reports:
+    examples = read_examples(path)
+    return Reports(examples, tokenizer, prompt, max_length=config.data.max_length, seed=config.training.seed, name=path)
+
+
+def warn_of_untrained_headers(config: Config, source: Path, tokenizer: Tokenizer) -> None:
+    """A base checkpoint has never seen the chat format's header tokens, and a frozen embedding never learns them."""
+    instruct = '"<|eot_id|>"' in read_if_there(source / "tokenizer_config.json").replace("'", '"').split("added_tokens")[0]
+    chat_template = "chat_template" in read_if_there(source / "tokenizer_config.json") or (source / "chat_template.jinja").exists()
+    if config.method != "full" and tokenizer.header_token_ids and not (instruct or chat_template):
+        logger.warning(
+            "%s looks like a base checkpoint: the embeddings of the %s format's header tokens are untrained and stay "
+            "frozen with method %s; an instruct checkpoint, or model.prompt_format alpaca, avoids that",
+            source, tokenizer.prompt_format, config.method)  # fmt: skip
+
+
+def read_if_there(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def build_model(config: Config, source: Path, place: Place) -> Llama:
+    """The model on its device in the compute dtype, with exactly the parameters of the method trainable."""
+    seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
+    if config.model.from_scratch:
+        model = Llama(LlamaConfig.from_json(source))
+        model.init_weights(config.training.seed)
+        return model.to(device=place.device, dtype=place.dtype)
+    quantize = config.quantization.type if config.method == "qlora" and not stored_in_4bit(source) else None
+    model = load_model(
+        source, quantize=quantize, dtype=place.dtype, device=place.device,
+        double_quant=config.quantization.double_quant, progress=place.rank == 0)  # fmt: skip
+    if config.method != "full":
+        lora = config.lora
+        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=list(lora.targets), rslora=lora.rslora)
+    elif stored_in_4bit(source):
+        raise ValueError(f"{source}: 4-bit weights cannot be trained in full; use method qlora or the original weights")
+    return model
+
+
+def stored_in_4bit(source: Path) -> bool:
+    return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+
+
+def needs_checkpointing(config: Config, model: Llama, reports: Reports, place: Place) -> bool:
+    """Whether to recompute activations in the backward pass (a third more work) instead of keeping them."""
+    choice = config.training.gradient_checkpointing
+    if choice != "auto":
+        return choice == "on"
+    t = config.training
+    packs = [group for step in range(8) for group in spread(reports.step(step, t.batch_size), place.world * t.accumulation)]
+    tokens = max(sum(len(row.ids) for row in group) for group in packs)
+    needed = tokens * activation_bytes(model, place) * model.config.num_hidden_layers
+    if place.device.type == "cuda":
+        free = torch.cuda.mem_get_info(place.device)[0]
+    else:
+        free = psutil.virtual_memory().available // place.world
+    on = needed > 0.7 * free  # the rest: logits, gradients, optimizer, fragmentation
+    logger.info("activations of %d tokens need %.1f GB of %.1f GB free: gradient checkpointing %s",
+                tokens, needed / 2**30, free / 2**30, "on" if on else "off")  # fmt: skip
+    return on
+
+
+def activation_bytes(model: Llama, place: Place, tokens: int = 64) -> float:
+    """Bytes a token that one layer keeps for its backward pass, measured by running it once."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(1, tokens, model.config.hidden_size, device=place.device, dtype=place.dtype, requires_grad=True)
+    angle = torch.zeros(1, 1, tokens, model.config.head_dim, device=place.device, dtype=place.dtype)
+    flat = lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        out = model.model.layers[0](x, angle, angle, flat)  # `out` keeps the graph, so that no address is used twice
+    del out
+    return sum(kept.values()) / tokens
+
+
+def start_engine(config: Config, model: Llama, place: Place) -> Any:
+    """DeepSpeed's engine around the model; only trainable parameters reach the optimizer."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = deepspeed_settings(config, place)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(config, trainable, settings), model_parameters=trainable, config=settings
+    )
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
+    logger.info("%s: %s trainable parameters, ZeRO stage %d", config.method, f"{count:,}", engine.zero_optimization_stage())
+    return engine
+
+
+def deepspeed_settings(config: Config, place: Place) -> dict[str, Any]:
+    """The deepspeed section, completed by what `training` says."""
+    t = config.training
+    return config.deepspeed | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": t.accumulation,
+        "gradient_clipping": t.gradient_clipping,
+        "bf16": {"enabled": place.dtype == torch.bfloat16},
+        "fp16": {"enabled": place.dtype == torch.float16, "initial_scale_power": 12},
+        "zero_allow_untested_optimizer": True,  # bitsandbytes' optimizers
+        "steps_per_print": config.deepspeed.get("steps_per_print", 10**9),  # the loop has its own log
+    }
+
+
+def build_optimizer(config: Config, trainable: list[nn.Parameter], settings: dict[str, Any]) -> Any:
+    """AdamW or one of its bitsandbytes forms; matrices decay, norms do not."""
+    t = config.training
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": t.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    offloaded = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    arguments: dict[str, Any] = {"lr": t.learning_rate, "betas": t.betas, "eps": t.eps}
+    if offloaded:
+        if t.optimizer != "adamw":
+            raise ValueError(f"training.optimizer: {t.optimizer} cannot be offloaded; use adamw with offload_optimizer")
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    makers = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }
+    return makers[t.optimizer](groups, **arguments)
+
+
+def learning_rate_at(step: int, total: int, config: Config) -> float:
+    """The learning rate of step `step` (from 0) of `total`: linear warm-up, then the schedule's decay."""
+    t = config.training
+    warmup = round(t.warmup * total)
+    if step < warmup:
+        return t.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    share = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[t.schedule]
+    return t.min_learning_rate + (t.learning_rate - t.min_learning_rate) * share
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Dropout's randomness is a function of (seed, step, rank), so that a resumed run needs no saved generator state."""
+    torch.manual_seed(hash((seed, step, rank)) % 2**63)
+
+
+def global_sum(value: float, place: Place) -> float:
+    """The sum of a number over all ranks, in fp64 (gloo and NCCL)."""
+    total = torch.tensor([value], dtype=torch.float64, device=place.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def gather(parameters: list[nn.Parameter]) -> Any:
+    """A context in which ZeRO-3's partitioned parameters are whole on every rank."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+
+
+def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter, one at a time, whole even under ZeRO-3 (then a copy)."""
+    for name, parameter in model.named_parameters():
+        with gather([parameter]):
+            yield name, parameter.detach().cpu().clone()
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, flushed at once."""
+
+    def __init__(self, path: Path, *, keep_below: int) -> None:
+        """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones)."""
+        kept = []
+        if keep_below and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= keep_below]
+        replace_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+class PeakMemory:
+    """The most memory this process has used: on the GPU, or resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._process, self._peak = device, psutil.Process(), 0
+
+    def gigabytes(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        self._peak = max(self._peak, self._process.memory_info().rss)
+        return self._peak / 2**30
+
+
+def show(bar: Any, record: dict[str, Any]) -> None:
+    bar.set_postfix_str(
+        f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, {record['reports_per_second']:.1f} reports/s, "
+        f"{record['supervised_tokens_per_second']:.0f} tokens/s, {record['memory_gb']:.1f} GB",
+        refresh=False,
+    )
+    bar.update()
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old text or the new."""
+    beside = file.with_name(file.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def draw_losses(folder: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label in (("loss", "training, by step"), ("validation_loss", "validation")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            marker = "o" if key == "validation_loss" else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a Llama on findings/impression pairs.", epilog="Start it with the deepspeed launcher."
+    )
+    parser.add_argument("--config", required=True, help="JSON config; README.md lists its keys")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key; repeatable")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
+    options = parser.parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        folder = train(read_config(options.config, options.set), resume=options.resume)
+    except ValueError as error:  # bad input, found by every rank alike
+        sys.exit(f"error: {error}" if rank == 0 else 2)
+    except TrainingError as error:
+        sys.exit(f"error (rank {rank}): {error}")
+    if rank == 0:
+        print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()

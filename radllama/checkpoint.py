@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +31,13 @@ from radllama.quant import STATE_KEY, Linear4bit, QuantType
 
 Quantize = Literal["nf4", "fp4"]
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-_SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "prompt.json", "original/tokenizer.model")
+_SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "prompt.json",
+    "original/tokenizer.model",
+)
 
 
 def find_model(name: str, *, revision: str | None = None) -> Path:
@@ -50,7 +56,7 @@ def find_model(name: str, *, revision: str | None = None) -> Path:
         raise ValueError(
             f"{name}: a gated repository; accept its licence on its page, then log in (hf auth login) or set HF_TOKEN"
         ) from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # offline, refused, missing, a full disk: the classes differ between hub versions
         reason = type(error).__name__
         raise ValueError(f"{name}: neither a folder here nor a repository that can be downloaded ({reason})") from None
 
@@ -70,7 +76,11 @@ class WeightFiles:
         for shard in shards:
             file = self.folder / shard
             if not file.exists():
-                hint = f"{index.name} lists it" if weight_map is not None else f"expected it, or {INDEX_FILE} and its shards"
+                hint = (
+                    f"{index.name} lists it"
+                    if weight_map is not None
+                    else f"expected it, or {INDEX_FILE} and its shards"
+                )
                 raise ValueError(f"{file}: missing ({hint}); was the download complete?")
             try:
                 handle = safe_open(file, framework="pt")
@@ -94,7 +104,8 @@ class WeightFiles:
 
     def layers_4bit(self) -> dict[str, list[str]]:
         """Layer name -> all tensor names of that layer, for each layer that is stored in 4 bits."""
-        layers = {name.split(f".weight.{STATE_KEY}")[0]: [] for name in self.shapes if STATE_KEY in name}
+        mark = f".weight.{STATE_KEY}"
+        layers: dict[str, list[str]] = {name.split(mark)[0]: [] for name in self.shapes if mark in name}
         for name in self.shapes:
             layer = name.rpartition(".weight")[0]
             if layer in layers:
@@ -124,7 +135,9 @@ def _read_index(file: Path) -> dict[str, str]:
         raise ValueError(f"{file}: expected JSON with an object called weight_map ({error!r})") from None
     for name, shard in entries:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{file}: weight_map[{name!r}]: expected a .safetensors file in this folder, found {shard!r}")
+            raise ValueError(
+                f"{file}: weight_map[{name!r}]: expected a .safetensors file in this folder, found {shard!r}"
+            )
     return dict(entries)
 
 
@@ -160,8 +173,9 @@ def load_model(
         layer, _, kind = name.rpartition(".")
         if layer in stored_4bit:
             continue
-        tensor = files.read(name).to(device=device, dtype=dtype, copy=True)
-        if quantize is not None and layer.rpartition(".")[2] in ALL_LINEAR:
+        stored, small = files.read(name), quantize is not None and layer.rpartition(".")[2] in ALL_LINEAR
+        tensor = stored.to(device=device, dtype=dtype, copy=not small)  # the file's pages are no memory of ours
+        if quantize is not None and small:
             replace_layer(model, layer, Linear4bit.from_weight(tensor, quant_type=quantize, double_quant=double_quant))
         else:
             setattr(model.get_submodule(layer), kind, nn.Parameter(tensor))
@@ -179,10 +193,11 @@ def _check_ledger(model: Llama, files: WeightFiles, stored_4bit: dict[str, list[
     if model.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some files repeat the tied embedding
     problems = []
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for layer, names in stored_4bit.items():
-        shape = wanted.pop(f"{layer}.weight", None)
+        shape = wanted.pop(f"{layer}.weight", None) if layer in linears else None
         for name in names:
-            found.pop(name)
+            found.pop(name, None)
         stored = files.shape_4bit(layer, names)
         if shape is None:
             problems.append(f"unexpected: {layer}.weight (4-bit)")

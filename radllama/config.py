@@ -108,7 +108,6 @@ class Config(Section):
             raise ValueError("\n".join(problems))
         return self
 
-
     def resolved(self) -> dict[str, Any]:
         """The whole config as plain values, without the sections that the method leaves unused; `parse_config` reads it."""
         unused = {"full": {"lora", "quantization"}, "lora": {"quantization"}, "qlora": set[str]()}[self.method]

@@ -84,7 +84,7 @@ class Pack:
 
     tokens: Tensor  # (1, T)
     positions: Tensor  # (1, T), RoPE's
-    segments: Tensor  # (n, 4): start, end, prefix_start, prefix_end
+    segments: Tensor  # (n, 2): length, which segment is its prefix (-1: none)
     label_positions: Tensor  # (N,): where in T the token before the supervised one stands
     labels: Tensor  # (N,): the supervised tokens
     owners: Tensor  # (N,): which of `ids` a label belongs to
@@ -196,7 +196,9 @@ class Reports:
         self._longest = lengths.index(max(lengths))
         shortest, _ = tokenizer.render(prompt.messages("", wording=self._longest), add_generation_prompt=True)
         if len(shortest) >= max_length and not examples[0].text:
-            raise ValueError(f"data.max_length: {max_length} leaves no room: instruction and template alone take {len(shortest)}")
+            raise ValueError(
+                f"data.max_length: {max_length} leaves no room: instruction and template alone take {len(shortest)}"
+            )
         self.examples: list[Example] = []
         self.truncated = self.lost = 0
         for example in tqdm(examples, desc=f"check {name}", unit="report", leave=False, disable=len(examples) < 20_000):
@@ -212,7 +214,9 @@ class Reports:
         if self.truncated > self.lost:
             logger.warning("%s: %d reports lose a part of their impression", name, self.truncated - self.lost)
         if not self.examples:
-            raise ValueError(f"{name}: data.max_length {max_length} cuts every impression away; raise it or shorten the findings")
+            raise ValueError(
+                f"{name}: data.max_length {max_length} cuts every impression away; raise it or shorten the findings"
+            )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -230,7 +234,9 @@ class Reports:
             ids = [self.tokenizer.bos_id, *body, self.tokenizer.end_of_text_id]
             mask, wording = [False] + [True] * (len(ids) - 1), -1  # plain texts share nothing
         else:
-            ids, mask = self.tokenizer.render(self.prompt.messages(example.findings, example.impression, wording=wording))
+            ids, mask = self.tokenizer.render(
+                self.prompt.messages(example.findings, example.impression, wording=wording)
+            )
         cut = len(ids) > self.max_length
         return Row(example.id, ids[: self.max_length], mask[: self.max_length], wording), cut
 
@@ -278,13 +284,13 @@ def pack(rows: Sequence[Row]) -> Pack:
     """Put rows into one Pack; each needs a supervised token after its first."""
     tokens: list[int] = []
     positions: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
+    segments: list[tuple[int, int]] = []
     label_positions: list[int] = []
     labels: list[int] = []
     owners: list[int] = []
 
-    def append(ids: list[int], position: int, prefix: tuple[int, int]) -> None:
-        segments.append((len(tokens), len(tokens) + len(ids), *prefix))
+    def append(ids: list[int], position: int, prefix: int) -> None:
+        segments.append((len(ids), prefix))
         tokens.extend(ids)
         positions.extend(range(position, position + len(ids)))
 
@@ -292,10 +298,10 @@ def pack(rows: Sequence[Row]) -> Pack:
     for wording, members in groupby(rows, key=lambda row: row.wording):
         group = list(members)
         length = shared_prefix(group) if len(group) > 1 and wording >= 0 else 0
-        prefix = (0, 0)
+        prefix = -1
         if length:
-            prefix = (len(tokens), len(tokens) + length)
-            append(group[0].ids[:length], 0, (0, 0))
+            prefix = len(segments)
+            append(group[0].ids[:length], 0, -1)
         for row in group:
             offset = len(tokens) - length  # where the row's token 0 would stand
             supervised = [t for t in range(1, len(row.ids)) if row.mask[t]]

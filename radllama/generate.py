@@ -1,6 +1,6 @@
 """Findings -> impressions: batched decoding with a KV cache.
 
-    python -m radllama.generate --model DIR [--adapter DIR] --input pairs.jsonl --output predictions.jsonl
+python -m radllama.generate --model DIR [--adapter DIR] --input pairs.jsonl --output predictions.jsonl
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def generate(
         raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty")
     sampler = Sampler(temperature, top_k, top_p)
     outputs: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # like lengths together; the longest first
+    order = sorted(
+        range(len(prompts)), key=lambda index: -len(prompts[index])
+    )  # like lengths together; the longest first
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(prompts), desc="generate", unit="report", disable=not progress)
@@ -78,7 +80,7 @@ def _decode(
     for place, row in enumerate(rows):
         tokens[place, : lengths[place]] = torch.tensor(prompts[row])
     generators = {row: torch.Generator().manual_seed(hash((seed, row)) % 2**63) for row in rows}
-    cache = KVCache(model.config, len(rows), longest + max_new_tokens, device=device, dtype=dtype)
+    cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
     last = torch.arange(len(rows), device=device) * longest + lengths - 1
     logits_BV = model(tokens.to(device), cache=cache, label_positions=last)
     while rows:
@@ -160,7 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m radllama.generate", description="Write impressions for findings.")
     parser.add_argument("--model", required=True, help="model folder or Hugging Face repository")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter folder (runs/NAME/best, or PEFT's)")
-    parser.add_argument("--input", required=True, type=Path, help="JSON lines with id and findings (impression: the reference)")
+    parser.add_argument(
+        "--input", required=True, type=Path, help="JSON lines with id and findings (impression: the reference)"
+    )
     parser.add_argument("--output", required=True, type=Path, help="predictions.jsonl to write")
     parser.add_argument("--quantize", choices=["nf4", "fp4"], help="store the weights in 4 bits, as QLoRA trained them")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -174,7 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only the first N reports")
-    parser.add_argument("--name", help="what predictions.jsonl calls this model; default: the adapter's or model's folder")
+    parser.add_argument(
+        "--name", help="what predictions.jsonl calls this model; default: the adapter's or model's folder"
+    )
     options = parser.parse_args(arguments)
     try:
         rows = _run(options)

@@ -22,6 +22,11 @@ from radllama.quant import Linear4bit
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+# PEFT's options that change which tensors there are, or what is computed with them.
+_UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
+_UNSUPPORTED += ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "exclude_modules")
+_UNSUPPORTED += ("target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+_UNSUPPORTED += ("arrow_config", "kasa_config", "monteclora_config")
 
 
 class LoRALinear(nn.Module):
@@ -42,8 +47,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
-        return out
+        return self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
 
     def merged_weight(self) -> Tensor:
         """W + scaling * B A (out, in) in the adapter's dtype, summed in fp32; a 4-bit base is de-quantised first."""
@@ -94,7 +98,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Exactly the parameters that training changes."""
-    return [p for _, layer in lora_layers(model) for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    return [p for _, layer in lora_layers(model) for part in (layer.lora_A, layer.lora_B) for p in part.parameters()]
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -138,8 +142,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, base_model: str) -> None
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights, facts = folder / f"{WEIGHTS_FILE}.partial", folder / f"{CONFIG_FILE}.partial"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        facts.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights.replace(folder / WEIGHTS_FILE)
+        facts.replace(folder / CONFIG_FILE)
+    finally:
+        weights.unlink(missing_ok=True)
+        facts.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -167,6 +178,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         if wanted[key].shape != tensors[key].shape
     ]
     if problems:
+        for name, layer in list(lora_layers(model)):  # a second try, with the right adapter, must be possible
+            replace_layer(model, name, layer.base)
         raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(sorted(problems)))
     with torch.no_grad():
         for key, parameter in wanted.items():
@@ -174,13 +187,18 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An adapter folder's config and its tensors, keyed "<layer name>.lora_A" and ".lora_B" (ValueError if malformed)."""
+    """An adapter folder's config and its tensors, keyed "<layer name>.lora_A" and ".lora_B".
+
+    Raises ValueError if a file is missing or malformed, or the config asks for what LoRALinear does not compute.
+    """
     folder = Path(path)
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         raw = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; {error.filename or error} is missing") from None
+        raise ValueError(
+            f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; {error.filename or error} is missing"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: not valid JSON ({error})") from None
     except SafetensorError as error:
@@ -208,8 +226,10 @@ def _check_adapter_config(config: Any, file: Path) -> None:
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
         problems.append(f"target_modules: expected a list of layer names, found {targets!r}")
-    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out")
-    problems += [f"{key}: {config[key]!r} is not supported" for key in unsupported if config.get(key)]
+    problems += [f"{key}: {config[key]!r} is not supported" for key in _UNSUPPORTED if config.get(key)]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        problems.append(f"init_lora_weights: {start!r} changes the base's weights; let PEFT convert it to plain LoRA")
     if config.get("bias", "none") != "none":
         problems.append(f"bias: expected 'none', found {config['bias']!r}")
     if problems:

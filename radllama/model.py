@@ -3,8 +3,8 @@
 Module and parameter names are Hugging Face's, so that a checkpoint loads without a key map. Tensors carry their
 dimensions as suffix:
 
-    B batch   T tokens in the row   S keys   C hidden_size   H query heads   K key/value heads   D head_dim   V vocabulary
-    N supervised positions
+    B batch   T tokens in the row   S keys   C hidden_size   H query heads   K key/value heads   D head_dim
+    V vocabulary   N supervised positions
 
 Sources: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), Llama team 2024 (arXiv 2407.21783).
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -61,62 +61,51 @@ class LlamaConfig:
 
         Raises ValueError, naming the file and every key at fault, if it describes anything but a Llama.
         """
-        file = Path(path)
-        file = file / "config.json" if file.is_dir() else file
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{file}: not found; a model folder holds a config.json beside its weights") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw, source=str(file))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> LlamaConfig:
-        """Build from the keys of a config.json; `source` names the origin in errors (ValueError, all at once)."""
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
         rope: dict[str, Any] = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        problems = [
-            f"{key}: expected {value!r}, found {raw[key]!r}" for key, value in expected.items() if raw.get(key, value) != value
-        ]
+        found = {key: raw[key] for key in expected if raw.get(key, expected[key]) != expected[key]}
+        problems = [f"{key}: expected {expected[key]!r}, found {value!r}" for key, value in found.items()]
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         optional = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-        for key in sizes + [key for key in optional if raw.get(key) is not None]:
-            if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or raw[key] < 1:
-                problems.append(f"{key}: expected a positive integer, found {raw.get(key)!r}")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {rope_type!r}")
+        given = {key: raw.get(key) for key in sizes} | {key: raw[key] for key in optional if raw.get(key) is not None}
+        wrong = {key: value for key, value in given.items() if type(value) is not int or value < 1}
+        problems += [f"{key}: expected a positive integer, found {value!r}" for key, value in wrong.items()]
         scaling = None
-        if rope_type == "llama3":
-            try:
-                scaling = RopeScaling(
-                    factor=float(rope["factor"]),
-                    low_freq_factor=float(rope["low_freq_factor"]),
-                    high_freq_factor=float(rope["high_freq_factor"]),
-                    original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"rope_scaling: missing or not a number: {error}")
+        try:
+            epsilon = float(raw.get("rms_norm_eps", 1e-6))  # these defaults are transformers' LlamaConfig's
+            theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind == "llama3":
+                scaling = RopeScaling(**{field.name: rope[field.name] * 1 for field in fields(RopeScaling)})
+            elif kind != "default":
+                problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {kind!r}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.append(f"rms_norm_eps, rope_theta or rope_scaling: missing or not a number: {error}")
+        heads = kv_heads = head_dim = 1
+        if not problems:
+            heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+            head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+            if heads % kv_heads:
+                problems.append(f"num_attention_heads: {heads} is no multiple of num_key_value_heads, {kv_heads}")
+            if head_dim % 2:
+                problems.append(f"head_dim: {head_dim} must be even: RoPE turns pairs of dimensions")
         if problems:
-            raise ValueError(f"{source}: not a Llama this code can run:\n  " + "\n  ".join(problems))
-        heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-        if heads % kv_heads:
-            raise ValueError(f"{source}: num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})")
-        if head_dim % 2:
-            raise ValueError(f"{source}: head_dim ({head_dim}) must be even: RoPE turns pairs of dimensions")
+            raise ValueError(f"{file}: not a Llama this code can run:\n  " + "\n  ".join(problems))
         return cls(
-            **{key: raw[key] for key in sizes},
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),  # the defaults are transformers' LlamaConfig's
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+            **{"max_position_embeddings": 2048} | given | {"num_key_value_heads": kv_heads, "head_dim": head_dim},
+            rms_norm_eps=epsilon,
+            rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
 
@@ -179,22 +168,20 @@ def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 def packed_attention(segments: Tensor) -> Attend:
     """Attention for one packed row: a segment's tokens see the segment's prefix and, causally, the segment itself.
 
-    segments (n, 4) int64 on the CPU: start, end, prefix_start, prefix_end, as positions in the row; the segments
-    tile the row, and a prefix is an earlier segment (or empty). One call of the kernel a segment: no work is spent
-    on pairs of tokens that must not meet.
+    segments (n, 2) int64 on the CPU: length, and which earlier segment is the prefix (-1: none); the segments tile the
+    row. One call of the kernel a segment: no work is spent on pairs of tokens that must not meet.
     """
-    rows: list[tuple[int, int, int, int]] = [(a, b, c, d) for a, b, c, d in segments.tolist()]
+    lengths, prefixes = segments[:, 0].tolist(), segments[:, 1].tolist()
 
     def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        qs, ks, vs = (x.split(lengths, dim=2) for x in (q_BHTD, k_BKTD, v_BKTD))
         outputs = []
-        for start, end, prefix_start, prefix_end in rows:
-            q, k, v = (x[:, :, start:end] for x in (q_BHTD, k_BKTD, v_BKTD))
-            if prefix_start == prefix_end:
+        for q, k, v, prefix in zip(qs, ks, vs, prefixes, strict=True):
+            if prefix < 0:
                 outputs.append(causal_attention(q, k, v))
                 continue
-            k = torch.cat((k_BKTD[:, :, prefix_start:prefix_end], k), dim=2)
-            v = torch.cat((v_BKTD[:, :, prefix_start:prefix_end], v), dim=2)
-            sees = lower_right_mask(end - start, k.shape[2], q.device)
+            k, v = torch.cat((ks[prefix], k), dim=2), torch.cat((vs[prefix], v), dim=2)
+            sees = lower_right_mask(q.shape[2], k.shape[2], q.device)
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True))
         return torch.cat(outputs, dim=2)
 
@@ -210,7 +197,7 @@ def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 class KVCache:
     """Keys and values of the tokens so far: (layers, B, K, S, D) each, rows of unequal length, filled from the left."""
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: LlamaConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
@@ -219,7 +206,7 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
     def attends(self, positions_BT: Tensor) -> list[Attend]:
-        """One a layer: store the new keys and values at `positions_BT` of their rows, attend to all up to each token."""
+        """One a layer: store the new keys and values at `positions_BT`, attend to all up to each token."""
         row = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
         longest = int(positions_BT.max()) + 1
         sees = torch.arange(longest, device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
@@ -251,8 +238,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTC.shape
         q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in self.qkv(x_BTC))  # (B, heads, T, D)
         out_BHTD = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        out: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
-        return out
+        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -269,8 +255,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BTC)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -305,8 +290,7 @@ class Decoder(nn.Module):
                 x_BTC = checkpoint(layer, x_BTC, cos, sin, attend, use_reentrant=False)
             else:
                 x_BTC = layer(x_BTC, cos, sin, attend)
-        out: Tensor = self.norm(x_BTC)
-        return out
+        return self.norm(x_BTC)
 
 
 class Llama(nn.Module):
@@ -333,9 +317,9 @@ class Llama(nn.Module):
         """Logits (B, T, V); with `label_positions` only theirs (N, V); with `labels` their cross-entropies (N,), fp32.
 
         positions (B, T): RoPE's positions, 0 .. T-1 if not given.
-        segments (n, 4): the row is packed; see `packed_attention`.
+        segments (n, 2): the row is packed; see `packed_attention`.
         cache: tokens are appended to it at `positions`.
-        label_positions (N,): indices into the B * T tokens whose *next* token is supervised; labels (N,) are those tokens.
+        label_positions (N,): indices into the B * T tokens whose *next* token is supervised; labels (N,): that token.
         """
         if positions is None:
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -349,20 +333,7 @@ class Llama(nn.Module):
             x = x.flatten(0, 1)[label_positions]
         if labels is not None:
             return chunked_cross_entropy(self.lm_head, x, labels)
-        logits: Tensor = self.lm_head(x)
-        return logits
-
-    @torch.no_grad()
-    def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Random weights for training from scratch: N(0, std), residual outputs scaled by depth (GPT-2), norms one."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        return self.lm_head(x)
 
 
 def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 1024) -> Tensor:

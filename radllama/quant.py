@@ -23,7 +23,7 @@ QuantType = Literal["nf4", "fp4"]
 BLOCK = 64  # values that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
 STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type: where a checkpoint keeps shape, dtype and offset
-_SLICE = BLOCK * NESTED_BLOCK * 1024  # values quantised at a time (16.8 M): bounds the scratch memory
+_SLICE = BLOCK * NESTED_BLOCK * 64  # values quantised at a time (1 M): on a CPU each takes 12 to 24 bytes of scratch
 
 
 class Linear4bit(nn.Module):
@@ -51,7 +51,9 @@ class Linear4bit(nn.Module):
         self.quant_type, self.double_quant = quant_type, double_quant
         values = in_features * out_features
         if values % 2:
-            raise ValueError(f"4-bit weights are packed in pairs: {out_features} x {in_features} values is an odd number")
+            raise ValueError(
+                f"4-bit weights are packed in pairs: {out_features} x {in_features} values is an odd number"
+            )
         blocks = math.ceil(values / BLOCK)
         self._nested_blocks = math.ceil(blocks / NESTED_BLOCK)
         statistics = 4 * (self._nested_blocks + 1) + blocks if double_quant else 4 * blocks
@@ -108,8 +110,7 @@ class Linear4bit(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _FrozenMatmul.apply(x, self)
-        return out
+        return _FrozenMatmul.apply(x, self)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a checkpoint holds for this layer, in the format that transformers and bitsandbytes read."""
@@ -123,12 +124,16 @@ class Linear4bit(nn.Module):
         state_key = next((key for key in tensors if key.startswith(f"weight.{STATE_KEY}")), None)
         if state_key is None:
             raise ValueError(f"expected a tensor weight.{STATE_KEY}nf4 or ...fp4 beside the packed weight")
-        state = QuantState.from_dict({key.removeprefix("weight."): tensors[key] for key in tensors if key != "weight"}, "cpu")
+        record = {key.removeprefix("weight."): tensors[key] for key in tensors if key != "weight"}
+        try:
+            packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
+            state = QuantState.from_dict(record, "cpu")
+        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+            raise ValueError(f"incomplete or malformed 4-bit tensors ({error!r})") from None
         if state.shape is None or len(state.shape) != 2 or state.blocksize != BLOCK:
             raise ValueError(f"expected a 2-D weight in blocks of {BLOCK}, found {state.shape} in {state.blocksize}")
         quant_type = cls._check_codes(state)
         layer = cls(state.shape[1], state.shape[0], quant_type=quant_type, double_quant=state.nested, device="meta")
-        packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
         if state.nested:
             parts = (_bytes(state.state2.absmax), _bytes(state.offset.reshape(1)), state.absmax)
             statistics = torch.cat([part.to(packed.device) for part in parts])
@@ -136,7 +141,9 @@ class Linear4bit(nn.Module):
             statistics = _bytes(state.absmax.float())
         for name, found, wanted in (("weight", packed, layer.weight), ("absmax", statistics, layer.statistics)):
             if found.shape != wanted.shape:
-                raise ValueError(f"{name}: expected {wanted.numel()} bytes for {tuple(state.shape)}, found {found.numel()}")
+                raise ValueError(
+                    f"{name}: expected {wanted.numel()} bytes for {tuple(state.shape)}, found {found.numel()}"
+                )
         layer.weight, layer.statistics = _frozen(packed.clone()), _frozen(statistics.clone())
         return layer
 
@@ -157,7 +164,8 @@ class Linear4bit(nn.Module):
         return quant_type
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.quant_type}, double={self.double_quant}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self.quant_type}, double_quant={self.double_quant}"
 
 
 class _FrozenMatmul(torch.autograd.Function):

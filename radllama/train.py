@@ -38,9 +38,20 @@ from tqdm import tqdm
 
 from radllama.checkpoint import atomic_folder, find_model, load_model, write_model
 from radllama.config import Config, read_config
-from radllama.data import INSTRUCTIONS, Pack, Prompt, Reports, Row, check_vocabulary, in_order, pack, read_examples, spread
+from radllama.data import (
+    INSTRUCTIONS,
+    Pack,
+    Prompt,
+    Reports,
+    check_vocabulary,
+    in_order,
+    pack,
+    read_examples,
+    spread,
+)
 from radllama.lora import add_lora, lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
+from radllama.run import MetricsLog, PeakMemory, claim_run_folder, draw_losses, replace_text, show, write_config
 from radllama.tokenizer import Tokenizer
 
 logger = logging.getLogger("radllama")
@@ -86,6 +97,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 f"{config.training.accumulation} accumulation steps"
             )
         dist.barrier()  # every rank has checked; from here on something is written
+        if place.rank == 0:
+            write_config(config, folder)
         model = build_model(config, source, place)
         model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
         engine = start_engine(config, model, place)
@@ -101,7 +114,14 @@ class Run:
     """One training run: the engine, the loop, and what is written to the run folder."""
 
     def __init__(
-        self, config: Config, place: Place, folder: Path, engine: Any, tokenizer: Tokenizer, prompt: Prompt, source: Path
+        self,
+        config: Config,
+        place: Place,
+        folder: Path,
+        engine: Any,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        source: Path,
     ) -> None:
         self.config, self.place, self.folder, self.engine = config, place, folder, engine
         self.tokenizer, self.prompt, self.source = tokenizer, prompt, source
@@ -112,7 +132,7 @@ class Run:
         t, place, engine = self.config.training, self.place, self.engine
         total = t.steps or max(1, round((t.epochs or 0) * len(training) / t.batch_size))
         first = self.load_checkpoint(total) if resume else 0
-        log = MetricsLog(self.folder / "metrics.jsonl", keep_below=first) if place.rank == 0 else None
+        log = MetricsLog(self.folder, keep_below=first) if place.rank == 0 else None
         bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=place.rank != 0, mininterval=0.5)
         started, memory = time.monotonic(), PeakMemory(place.device)
 
@@ -213,7 +233,9 @@ class Run:
 
     def stop(self, what: str, losses: list[tuple[Pack, Tensor]]) -> None:
         """Raise on every rank, naming the reports whose own loss is not finite."""
-        bad = {batch.ids[int(batch.owners[i])] for batch, v in losses for i in (~v.isfinite()).nonzero().flatten().tolist()}
+        bad = {
+            batch.ids[int(batch.owners[i])] for batch, v in losses for i in (~v.isfinite()).nonzero().flatten().tolist()
+        }
         blame = f"; reports on this rank: {', '.join(sorted(bad))}" if bad else ""
         raise TrainingError(f"{what}{blame}. No weights were saved; the last checkpoint is good, --resume starts there")
 
@@ -326,40 +348,6 @@ def free_port() -> int:
         return port
 
 
-def claim_run_folder(config: Config, resume: bool) -> Path:
-    """Check the run folder on every rank, then let rank 0 make it and write the resolved config."""
-    folder = Path(config.training.output)
-    file = folder / "config.json"
-    text = json.dumps(config.resolved(), indent=2, ensure_ascii=False) + "\n"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"training.output: {folder} is a file")
-    if file.exists():
-        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), json.loads(text))
-        if changed:
-            raise ValueError(
-                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another folder"
-            )
-        if not resume:
-            raise ValueError(f"training.output: {folder} holds this run already; continue it with --resume, or remove it")
-    elif resume:
-        raise ValueError(f"--resume: {folder} holds no run; start without --resume")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(file, text)
-    return folder
-
-
-def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
-    """Paths at which two configs differ, the comment aside."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted((old.keys() | new.keys()) - {"comment"})
-        return [key for k in keys for key in changed_keys(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
-    return [] if old == new else [path]
-
-
 def read_reports(config: Config, path: str, tokenizer: Tokenizer, prompt: Prompt) -> Reports:
     examples = read_examples(path)
     return Reports(examples, tokenizer, prompt, max_length=config.data.max_length, seed=config.training.seed, name=path)
@@ -367,8 +355,12 @@ def read_reports(config: Config, path: str, tokenizer: Tokenizer, prompt: Prompt
 
 def warn_of_untrained_headers(config: Config, source: Path, tokenizer: Tokenizer) -> None:
     """A base checkpoint has never seen the chat format's header tokens, and a frozen embedding never learns them."""
-    instruct = '"<|eot_id|>"' in read_if_there(source / "tokenizer_config.json").replace("'", '"').split("added_tokens")[0]
-    chat_template = "chat_template" in read_if_there(source / "tokenizer_config.json") or (source / "chat_template.jinja").exists()
+    instruct = (
+        '"<|eot_id|>"' in read_if_there(source / "tokenizer_config.json").replace("'", '"').split("added_tokens")[0]
+    )
+    chat_template = (
+        "chat_template" in read_if_there(source / "tokenizer_config.json") or (source / "chat_template.jinja").exists()
+    )
     if config.method != "full" and tokenizer.header_token_ids and not (instruct or chat_template):
         logger.warning(
             "%s looks like a base checkpoint: the embeddings of the %s format's header tokens are untrained and stay "
@@ -385,7 +377,7 @@ def build_model(config: Config, source: Path, place: Place) -> Llama:
     seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
     if config.model.from_scratch:
         model = Llama(LlamaConfig.from_json(source))
-        model.init_weights(config.training.seed)
+        init_weights(model, config.training.seed)
         return model.to(device=place.device, dtype=place.dtype)
     quantize = config.quantization.type if config.method == "qlora" and not stored_in_4bit(source) else None
     model = load_model(
@@ -393,10 +385,30 @@ def build_model(config: Config, source: Path, place: Place) -> Llama:
         double_quant=config.quantization.double_quant, progress=place.rank == 0)  # fmt: skip
     if config.method != "full":
         lora = config.lora
-        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=list(lora.targets), rslora=lora.rslora)
+        add_lora(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=list(lora.targets),
+            rslora=lora.rslora,
+        )
     elif stored_in_4bit(source):
         raise ValueError(f"{source}: 4-bit weights cannot be trained in full; use method qlora or the original weights")
     return model
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int, std: float = 0.02) -> None:
+    """Random weights for training from scratch: N(0, std), residual outputs scaled by depth (GPT-2), norms one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def stored_in_4bit(source: Path) -> bool:
@@ -409,7 +421,9 @@ def needs_checkpointing(config: Config, model: Llama, reports: Reports, place: P
     if choice != "auto":
         return choice == "on"
     t = config.training
-    packs = [group for step in range(8) for group in spread(reports.step(step, t.batch_size), place.world * t.accumulation)]
+    packs = [
+        group for step in range(8) for group in spread(reports.step(step, t.batch_size), place.world * t.accumulation)
+    ]
     tokens = max(sum(len(row.ids) for row in group) for group in packs)
     needed = tokens * activation_bytes(model, place) * model.config.num_hidden_layers
     if place.device.type == "cuda":
@@ -450,14 +464,21 @@ def start_engine(config: Config, model: Llama, place: Place) -> Any:
         model=model, optimizer=build_optimizer(config, trainable, settings), model_parameters=trainable, config=settings
     )
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
-    logger.info("%s: %s trainable parameters, ZeRO stage %d", config.method, f"{count:,}", engine.zero_optimization_stage())
+    logger.info(
+        "%s: %s trainable parameters, ZeRO stage %d", config.method, f"{count:,}", engine.zero_optimization_stage()
+    )
     return engine
 
 
 def deepspeed_settings(config: Config, place: Place) -> dict[str, Any]:
     """The deepspeed section, completed by what `training` says."""
     t = config.training
+    zero = {"stage": 1} | config.deepspeed.get("zero_optimization", {})
+    if zero["stage"] == 0 and place.dtype != torch.float32:
+        logger.info("ZeRO stage 1 in place of 0, which trains half-precision weights less exactly")
+        zero["stage"] = 1
     return config.deepspeed | {
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": t.accumulation,
         "gradient_clipping": t.gradient_clipping,
@@ -498,7 +519,9 @@ def learning_rate_at(step: int, total: int, config: Config) -> float:
     if step < warmup:
         return t.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
-    share = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[t.schedule]
+    share = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        t.schedule
+    ]
     return t.min_learning_rate + (t.learning_rate - t.min_learning_rate) * share
 
 
@@ -527,78 +550,14 @@ def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().cpu().clone()
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, flushed at once."""
-
-    def __init__(self, path: Path, *, keep_below: int) -> None:
-        """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones)."""
-        kept = []
-        if keep_below and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= keep_below]
-        replace_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-
-class PeakMemory:
-    """The most memory this process has used: on the GPU, or resident on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._process, self._peak = device, psutil.Process(), 0
-
-    def gigabytes(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        self._peak = max(self._peak, self._process.memory_info().rss)
-        return self._peak / 2**30
-
-
-def show(bar: Any, record: dict[str, Any]) -> None:
-    bar.set_postfix_str(
-        f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, {record['reports_per_second']:.1f} reports/s, "
-        f"{record['supervised_tokens_per_second']:.0f} tokens/s, {record['memory_gb']:.1f} GB",
-        refresh=False,
-    )
-    bar.update()
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old text or the new."""
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
-
-
-def draw_losses(folder: Path) -> None:
-    """loss.png from metrics.jsonl."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label in (("loss", "training, by step"), ("validation_loss", "validation")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        if points:
-            marker = "o" if key == "validation_loss" else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", title=folder.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Fine-tune a Llama on findings/impression pairs.", epilog="Start it with the deepspeed launcher."
     )
     parser.add_argument("--config", required=True, help="JSON config; README.md lists its keys")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key; repeatable"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
     options = parser.parse_args(arguments)

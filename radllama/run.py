@@ -1,0 +1,118 @@
+"""What a training run writes for people: the run folder's claim, metrics.jsonl, the progress bar, loss.png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from radllama.config import Config
+
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+
+
+def claim_run_folder(config: Config, resume: bool) -> Path:
+    """The run folder of a config; ValueError where it holds something else. Writes nothing."""
+    folder = Path(config.training.output)
+    file = folder / CONFIG_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"training.output: {folder} is a file")
+    if file.exists():
+        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), config.resolved())
+        if changed:
+            raise ValueError(
+                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another folder"
+            )
+        if not resume:
+            raise ValueError(
+                f"training.output: {folder} holds this run already; continue it with --resume, or remove it"
+            )
+    elif resume:
+        raise ValueError(f"--resume: {folder} holds no run; start without --resume")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
+    return folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / CONFIG_FILE, json.dumps(config.resolved(), indent=2, ensure_ascii=False) + "\n")
+
+
+def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
+    """Paths at which two configs differ, the comment aside."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted((old.keys() | new.keys()) - {"comment"})
+        return [key for k in keys for key in changed_keys(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, flushed at once."""
+
+    def __init__(self, folder: Path, *, keep_below: int) -> None:
+        """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones)."""
+        path, kept = folder / METRICS_FILE, []
+        if keep_below and path.exists():
+            kept = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= keep_below
+            ]
+        replace_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+class PeakMemory:
+    """The most memory this process has used: on the GPU, or resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._process, self._peak = device, psutil.Process(), 0
+
+    def gigabytes(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        self._peak = max(self._peak, self._process.memory_info().rss)
+        return self._peak / 2**30
+
+
+def show(bar: Any, record: dict[str, Any]) -> None:
+    bar.set_postfix_str(
+        f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, {record['reports_per_second']:.1f} reports/s, "
+        f"{record['supervised_tokens_per_second']:.0f} tokens/s, {record['memory_gb']:.1f} GB",
+        refresh=False,
+    )
+    bar.update()
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old text or the new."""
+    beside = file.with_name(file.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def draw_losses(folder: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label in (("loss", "training, by step"), ("validation_loss", "validation")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            marker = "o" if key == "validation_loss" else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)

@@ -21,11 +21,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from radllama.lora import ALL_LINEAR, merged, read_adapter, replace_layer, scaling_of
+from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of, write_tensors
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import STATE_KEY, Linear4bit, QuantType
 
@@ -173,11 +172,12 @@ def load_model(
         layer, _, kind = name.rpartition(".")
         if layer in stored_4bit:
             continue
-        stored, small = files.read(name), quantize is not None and layer.rpartition(".")[2] in ALL_LINEAR
-        tensor = stored.to(device=device, dtype=dtype, copy=not small)  # the file's pages are no memory of ours
-        if quantize is not None and small:
-            replace_layer(model, layer, Linear4bit.from_weight(tensor, quant_type=quantize, double_quant=double_quant))
+        stored = files.read(name)
+        if quantize is not None and layer.rpartition(".")[2] in ALL_LINEAR:
+            weight = stored.to(device=device, dtype=dtype)  # no copy where the file has that dtype: read in slices
+            replace_layer(model, layer, Linear4bit.from_weight(weight, quant_type=quantize, double_quant=double_quant))
         else:
+            tensor = stored.to(device=device, dtype=dtype, copy=True)
             setattr(model.get_submodule(layer), kind, nn.Parameter(tensor))
         bar.update()
     if config.tie_word_embeddings:
@@ -222,7 +222,9 @@ def save_model(model: Llama, path: str | Path, *, max_shard_bytes: int = 5 * 2**
 
 def model_tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint, under their names."""
-    dtype = model.model.embed_tokens.weight.dtype
+    embedding = model.model.embed_tokens.weight
+    if model.config.tie_word_embeddings and model.lm_head.weight is not embedding:
+        raise ValueError("the head has weights of its own, but config.tie_word_embeddings says it is the embedding")
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
@@ -230,15 +232,23 @@ def model_tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:
             raise ValueError("the model has LoRA layers: save_adapter them, or merge_lora(model) first")
         if isinstance(module, Linear4bit):
             if kind == "weight":
-                yield from ((f"{layer}.{key}", tensor) for key, tensor in module.tensors(dtype).items())
+                yield from ((f"{layer}.{key}", tensor) for key, tensor in module.tensors(embedding.dtype).items())
         else:
             yield name, parameter.detach()
 
 
 def write_model(
-    tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, path: str | Path, *, max_shard_bytes: int = 5 * 2**30
+    tensors: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    path: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+    side_files: Path | None = None,
 ) -> None:
-    """Write tensors as they come, a shard at a time, and config.json beside them; all or nothing."""
+    """Write tensors as they come, a shard at a time, and config.json beside them; all or nothing.
+
+    side_files: a model folder whose tokenizer and other small files go along.
+    """
     with atomic_folder(path) as folder:
         weight_map: dict[str, int] = {}
         shard: dict[str, Tensor] = {}
@@ -247,7 +257,7 @@ def write_model(
         def flush() -> None:
             nonlocal shards, size
             shards += 1
-            save_file(shard, folder / _shard_name(shards, 0), metadata={"format": "pt"})
+            write_tensors(shard, folder / _shard_name(shards, 0))
             shard.clear()
             size = 0
 
@@ -273,6 +283,8 @@ def write_model(
             _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
         extra = {"quantization_config": quant} if quant else {}
         _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype} | extra)
+        if side_files is not None:
+            copy_side_files(side_files, folder)
 
 
 def _shard_name(number: int, shards: int) -> str:
@@ -301,7 +313,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder that takes the place of `path` when the block ends well, and vanishes when it does not."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
+    beside, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".replaced")
+    if old.exists() and not target.exists():  # a run ended between the two renames below
+        old.rename(target)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
@@ -319,7 +333,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy the tokenizer and the other small files that belong to a model."""
     for pattern in _SIDE_FILES:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             destination = target / file.relative_to(source)
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, destination)
@@ -344,8 +358,7 @@ def quantize_folder(source: Path, target: Path, *, quant_type: QuantType, dtype:
             else:
                 yield name, tensor
 
-    write_model(tensors(), config, target)
-    copy_side_files(source, target)
+    write_model(tensors(), config, target, side_files=source)
 
 
 def merge_folder(source: Path, adapter: Path, target: Path, *, dtype: torch.dtype) -> None:
@@ -357,12 +370,10 @@ def merge_folder(source: Path, adapter: Path, target: Path, *, dtype: torch.dtyp
     _check_ledger(model, files, stored_4bit)
     adapter_config, updates = read_adapter(adapter)
     scaling = scaling_of(adapter_config)
-    layers = {key.removesuffix(".lora_A") for key in updates if key.endswith(".lora_A")}
+    check_adapter(model, adapter_config, updates, adapter)
     names = [name for name, _ in model.named_parameters()]
-    strangers = sorted(updates.keys() - {f"{layer}.lora_{part}" for layer in layers for part in "AB"})
-    strangers += sorted(layer for layer in layers if f"{layer}.weight" not in names or f"{layer}.lora_B" not in updates)
-    if strangers:
-        raise ValueError(f"{adapter}: does not fit {source}: {', '.join(strangers[:5])}")
+    if config.tie_word_embeddings and "lm_head.lora_A" in updates:
+        raise ValueError(f"{adapter}: adapts lm_head, which {source} ties to the embedding: the two cannot be merged")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in tqdm(names, desc="merge", unit="tensor", leave=False):
@@ -371,12 +382,11 @@ def merge_folder(source: Path, adapter: Path, target: Path, *, dtype: torch.dtyp
                 weight = files.read_4bit(layer, stored_4bit[layer]).dequantize(torch.float32)
             else:
                 weight = files.read(name)
-            if layer in layers:
+            if f"{layer}.lora_A" in updates:
                 weight = merged(weight, updates[f"{layer}.lora_A"], updates[f"{layer}.lora_B"], scaling)
             yield name, weight.to(dtype, copy=True)
 
-    write_model(tensors(), config, target)
-    copy_side_files(source, target)
+    write_model(tensors(), config, target, side_files=source)
 
 
 def describe(folder: Path) -> str:
@@ -430,7 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
             quantize_folder(source, options.output, quant_type=options.type, dtype=dtype)
         print(f"wrote {options.output}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

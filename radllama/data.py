@@ -122,7 +122,8 @@ class Prompt:
             prompt = cls(value["format"], tuple(value["instructions"]))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: expected an object with format and instructions ({error!r})") from None
-        if not prompt.instructions or not all(isinstance(text, str) for text in prompt.instructions):
+        listed = isinstance(value["instructions"], list)
+        if not listed or not prompt.instructions or not all(isinstance(text, str) for text in prompt.instructions):
             raise ValueError(f"{file}: instructions: expected a list of at least one text")
         return prompt
 
@@ -159,6 +160,9 @@ def read_examples(path: str | Path, *, need_impression: bool = True) -> list[Exa
 def _parse(line: bytes, need_impression: bool) -> Example:
     try:
         raw = json.loads(line)
+        json.dumps(raw, ensure_ascii=False).encode()  # as it will be written out again
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half of a surrogate pair, which is not a character") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -172,10 +176,9 @@ def _parse(line: bytes, need_impression: bool) -> Example:
         raw["id"] = str(raw["id"])
     for key in ["id", *wanted]:
         if not isinstance(raw.get(key), str) or not raw[key].strip():
-            found = "nothing" if key not in raw else "an empty text" if raw[key] == "" else type(raw[key]).__name__
+            kind = "an empty text" if isinstance(raw.get(key), str) else type(raw.get(key)).__name__
+            found = kind if key in raw else "nothing"
             raise ValueError(f"{key}: expected a text that is not empty, found {found}")
-        if any("\ud800" <= char <= "\udfff" for char in raw[key]):
-            raise ValueError(f"{key}: holds half of a surrogate pair, which is not a character")
     known = {"id", "findings", "impression", "text"}
     texts = {key: raw[key] for key in ("findings", "impression", "text") if isinstance(raw.get(key), str)}
     return Example(id=raw["id"], fields={key: raw[key] for key in raw.keys() - known}, **texts)
@@ -192,12 +195,14 @@ class Reports:
         Raises ValueError where nothing would be left to learn from.
         """
         self.tokenizer, self.prompt, self.max_length, self.seed = tokenizer, prompt, max_length, seed
-        lengths = [len(tokenizer.encode(text)) for text in prompt.instructions]
+        lengths = [
+            len(tokenizer.render(prompt.messages("", wording=wording), add_generation_prompt=True)[0])
+            for wording in range(len(prompt.instructions))
+        ]
         self._longest = lengths.index(max(lengths))
-        shortest, _ = tokenizer.render(prompt.messages("", wording=self._longest), add_generation_prompt=True)
-        if len(shortest) >= max_length and not examples[0].text:
+        if max(lengths) >= max_length and not examples[0].text:
             raise ValueError(
-                f"data.max_length: {max_length} leaves no room: instruction and template alone take {len(shortest)}"
+                f"data.max_length: {max_length} leaves no room: instruction and template alone take {max(lengths)}"
             )
         self.examples: list[Example] = []
         self.truncated = self.lost = 0

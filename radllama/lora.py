@@ -23,10 +23,11 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 # PEFT's options that change which tensors there are, or what is computed with them.
-_UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
-_UNSUPPORTED += ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "exclude_modules")
-_UNSUPPORTED += ("target_parameters", "trainable_token_indices", "alora_invocation_tokens")
-_UNSUPPORTED += ("arrow_config", "kasa_config", "monteclora_config")
+_UNSUPPORTED = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "exclude_modules"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+)
 
 
 class LoRALinear(nn.Module):
@@ -75,8 +76,7 @@ def add_lora(
     """
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, found {rank}")
-    if any(True for _ in lora_layers(model)):
-        raise ValueError("the model already has LoRA layers; merge_lora(model) first")
+    _refuse_lora(model)
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Linear4bit)}
     unmatched = sorted(set(targets) - {name.rpartition(".")[2] for name in linears})
     if unmatched or not targets:
@@ -89,6 +89,11 @@ def add_lora(
         layer = LoRALinear(linears[name], rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dtype=dtype)
         replace_layer(model, name, layer)
     return adapted
+
+
+def _refuse_lora(model: nn.Module) -> None:
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model already has LoRA layers; merge_lora(model) first")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -144,7 +149,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, base_model: str) -> None
     folder.mkdir(parents=True, exist_ok=True)
     weights, facts = folder / f"{WEIGHTS_FILE}.partial", folder / f"{CONFIG_FILE}.partial"
     try:
-        save_file(tensors, weights, metadata={"format": "pt"})
+        write_tensors(tensors, weights)
         facts.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights.replace(folder / WEIGHTS_FILE)
         facts.replace(folder / CONFIG_FILE)
@@ -153,12 +158,22 @@ def save_adapter(model: nn.Module, path: str | Path, *, base_model: str) -> None
         facts.unlink(missing_ok=True)
 
 
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file; OSError, naming it, where that fails (safetensors raises an error of its own)."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from None
+
+
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Add LoRA layers to the model as the folder's adapter_config.json says and fill them from its weights.
 
     Raises ValueError that lists all missing, unexpected and misshapen tensors at once.
     """
     config, tensors = read_adapter(path)
+    _refuse_lora(model)
+    check_adapter(model, config, tensors, path)
     add_lora(
         model,
         rank=config["r"],
@@ -167,23 +182,28 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         targets=config["target_modules"],
         rslora=config.get("use_rslora", False),
     )
-    wanted: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model):
-        wanted[f"{name}.lora_A"], wanted[f"{name}.lora_B"] = layer.lora_A.weight, layer.lora_B.weight
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A.weight.copy_(tensors[f"{name}.lora_A"])
+            layer.lora_B.weight.copy_(tensors[f"{name}.lora_B"])
+
+
+def check_adapter(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
+    """ValueError unless an adapter's tensors are those that its config asks for on this model (as yet without LoRA)."""
+    wanted: dict[str, tuple[int, int]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Linear4bit) and name.rpartition(".")[2] in config["target_modules"]:
+            wanted[f"{name}.lora_A"] = (config["r"], layer.in_features)
+            wanted[f"{name}.lora_B"] = (layer.out_features, config["r"])
     problems = [f"missing: {key}" for key in wanted.keys() - tensors.keys()]
     problems += [f"unexpected: {key}" for key in tensors.keys() - wanted.keys()]
     problems += [
-        f"misshapen: {key}: expected {tuple(wanted[key].shape)}, found {tuple(tensors[key].shape)}"
+        f"misshapen: {key}: expected {wanted[key]}, found {tuple(tensors[key].shape)}"
         for key in wanted.keys() & tensors.keys()
-        if wanted[key].shape != tensors[key].shape
+        if wanted[key] != tuple(tensors[key].shape)
     ]
     if problems:
-        for name, layer in list(lora_layers(model)):  # a second try, with the right adapter, must be possible
-            replace_layer(model, name, layer.base)
         raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(sorted(problems)))
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

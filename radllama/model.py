@@ -86,7 +86,7 @@ class LlamaConfig:
             theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind == "llama3":
-                scaling = RopeScaling(**{field.name: rope[field.name] * 1 for field in fields(RopeScaling)})
+                scaling = RopeScaling(**{field.name: rope[field.name] + 0 for field in fields(RopeScaling)})
             elif kind != "default":
                 problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {kind!r}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -23,7 +23,7 @@ QuantType = Literal["nf4", "fp4"]
 BLOCK = 64  # values that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
 STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type: where a checkpoint keeps shape, dtype and offset
-_SLICE = BLOCK * NESTED_BLOCK * 64  # values quantised at a time (1 M): on a CPU each takes 12 to 24 bytes of scratch
+_SLICE = BLOCK * NESTED_BLOCK * 16  # values quantised at a time on a CPU, where each takes 12 to 20 bytes of scratch
 
 
 class Linear4bit(nn.Module):
@@ -66,13 +66,16 @@ class Linear4bit(nn.Module):
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(f"expected a floating (out, in) weight, found {weight.dtype} {tuple(weight.shape)}")
         layer = cls(weight.shape[1], weight.shape[0], quant_type=quant_type, double_quant=double_quant, device="meta")
-        codes, absmaxes = [], []
-        for piece in weight.detach().reshape(-1).split(_SLICE):
-            packed, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type=quant_type)
-            codes.append(packed)
-            absmaxes.append(state.absmax)
-        absmax = torch.cat(absmaxes)
-        layer.weight = _frozen(torch.cat(codes))
+        flat = weight.detach().reshape(-1)
+        codes = torch.empty_like(layer.weight, device=flat.device)
+        absmax = torch.empty(math.ceil(len(flat) / BLOCK), dtype=torch.float32, device=flat.device)
+        step = _SLICE if flat.device.type == "cpu" else len(flat)  # a GPU's kernel needs no scratch
+        for start in range(0, len(flat), step):
+            end = min(start + step, len(flat))
+            packed, state = bnb.quantize_4bit(flat[start:end], blocksize=BLOCK, quant_type=quant_type)
+            codes[start // 2 : end // 2] = packed
+            absmax[start // BLOCK : math.ceil(end / BLOCK)] = state.absmax
+        layer.weight = _frozen(codes)
         if double_quant:
             mean = absmax.mean()
             blocks, nested = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)

@@ -537,7 +537,7 @@ ask lesion marrow | Fever and night pain. | No [bone destruction|periosteal reac
   | No osteomyelitis.
 ask arthropathy joint_space | Suspected gout. | No juxta-articular lucency is [seen|present].
   | No erosive arthropathy.
-ask foreign soft | Puncture wound. | No radiopaque [density|material] lies in the soft tissues.
+ask foreign soft_tissues | Puncture wound. | No radiopaque [density|material] lies in the soft tissues.
   | No foreign body.
 @! views | [Two|Three|Multiple] [radiographs|views] of the {side} {part} are [provided|submitted].
 @! bones | The cortices are [intact|continuous][| throughout].
@@ -547,7 +547,7 @@ ask foreign soft | Puncture wound. | No radiopaque [density|material] lies in th
 @! capsule | No [joint effusion|capsular distension] is [seen|identified].
   / The joint capsule is not distended.
 @! marrow | Bone mineralization is normal. / No [lytic or sclerotic|focal] bone lesion is [seen|present].
-@ soft | The [surrounding|periarticular] soft tissues are [unremarkable|normal].
+@ soft_tissues | The [surrounding|periarticular] soft tissues are [unremarkable|normal].
 acute
 dislocation alignment,joint_space alignment dir > {dir} {side} {part} dislocation. Recommend prompt reduction.
   The articular surfaces have lost contact, the distal bone displaced {dirly}.
@@ -561,7 +561,7 @@ lesion marrow lesion bone dims=0.8..2.9cm > {largest} aggressive lesion of the {
   A [permeative|moth-eaten] lucency with a wide transition zone in the {bone} measures {dims}.
 osteomyelitis marrow lesion bone > Osteomyelitis of the {side} {bone}.
   [Cortical erosion|Bone destruction] and periosteal reaction are present at the {bone}.
-foreign soft foreign size=2..18mm > {size} radiopaque foreign body in the soft tissues.
+foreign soft_tissues foreign size=2..18mm > {size} radiopaque foreign body in the soft tissues.
   A [linear|angular] metallic density measuring {size} is embedded beneath the skin.
 gout joint_space arthropathy > Gouty arthropathy.
   [Juxta-articular|Marginal] erosions with overhanging edges are [present|seen].
@@ -577,7 +577,7 @@ loose capsule loose size=4..14mm > {size} intra-articular loose body.
 osteopenia marrow density > Osteopenia.
   The bones are [diffusely|] demineralized.
 variant
-swelling soft swelling > Mild soft tissue swelling is noted.
+swelling soft_tissues swelling > Mild soft tissue swelling is noted.
 enthesophyte bones enthesophyte > A small enthesophyte is [incidentally|] noted.
 island marrow island > A [tiny|small] bone island is incidentally noted.
 + nondisplaced effusion
@@ -634,7 +634,7 @@ hamartoma masses hamartoma side size=15..60mm birads=2 > {size} {side} breast ha
 oil calcifications oil side birads=2 > {side} breast oil cyst.
   A rim-calcified lucent [lesion|nodule] is present in the {side} breast.
 vascular calcifications vascular birads=2 > Vascular calcifications.
-  Parallel tram-track [calcium|densities] [follow|line] the arteries.
+  Parallel tram-track [densities|calcifications] [follow|line] the arteries.
 variant
 mole skin mole > A skin marker denotes a mole.
 + cancer node side
@@ -1131,6 +1131,8 @@ def make_texts(count: int, seed: int) -> Iterator[dict[str, str]]:
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """JSON lines, written beside `path` and renamed once whole."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

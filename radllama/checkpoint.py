@@ -86,8 +86,6 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                if name in self._files:
-                    raise ValueError(f"{file}: tensor {name} is in another shard, too")
                 if weight_map is not None and weight_map.get(name) != shard:
                     raise ValueError(f"{file}: holds {name}, which {index.name} does not place there")
                 self._files[name] = handle

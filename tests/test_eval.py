@@ -347,7 +347,8 @@ def test_evaluate_joins_files_by_id_and_counts(two: list[Path], tmp_path: Path) 
     assert (row["a"], row["b"]) == ("good", "poor")
     assert row["difference"] == pytest.approx(1 - expected["rougeL"])
     assert row["low"] <= row["difference"] <= row["high"]
-    assert row["p"] <= row["p_holm"] <= 1
+    family = [row["p"] for row in report["comparisons"]]
+    assert [row["p_holm"] for row in report["comparisons"]] == ev.holm(family) != family
     assert report["strata"] == {"normal": 3, "abnormal": 3}
     halves = [poor["strata"][name]["rougeL"]["mean"] for name in ("normal", "abnormal")]
     assert np.mean(halves) == pytest.approx(expected["rougeL"])
@@ -401,6 +402,9 @@ def test_the_table_fits_eighty_columns(tmp_path: Path) -> None:
     report["signatures"]["long"] = "x" * 300
     text = ev.format_report(report)
     assert max(map(len, text.splitlines())) <= 80
+    for length in (23, 24, 30):
+        table = ev._table("system", ["x" * length], [("rouge1", [["[-1.23,-1.00]"]])] * 5)
+        assert {len(line) for line in table} == {80, 24 + 14, 0}
     assert "column/1" in text
     assert "column/2" in text
     assert "[-1.23,-1.00]" in text

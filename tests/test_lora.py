@@ -177,6 +177,7 @@ def test_initialisation() -> None:
 def test_the_formula(rank: int, alpha: float, rslora: bool) -> None:
     linear, x = nn.Linear(12, 7, bias=False), torch.randn(5, 12)
     layer = LoRALinear(linear, rank=rank, alpha=alpha, dropout=0, rslora=rslora, dtype=torch.float32)
+    assert not linear.weight.requires_grad
     randomise([layer.lora_A.weight, layer.lora_B.weight])
     scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
     update = scaling * (layer.lora_B.weight @ layer.lora_A.weight)

@@ -86,11 +86,18 @@ BY_PART: dict[str, dict[str, tuple[str, ...]]] = {  # bones and directions of di
 }
 DIRECTIONS = ("anterior", "posterior")
 ARTERIES = {
-    "insula": "middle", "lentiform nucleus": "middle", "frontal operculum": "middle",
-    "occipital lobe": "posterior", "medial temporal lobe": "posterior", "paramedian frontal lobe": "anterior",
+    "insula": "middle",
+    "lentiform nucleus": "middle",
+    "frontal operculum": "middle",
+    "occipital lobe": "posterior",
+    "medial temporal lobe": "posterior",
+    "paramedian frontal lobe": "anterior",
 }
 BIRADS = {
-    "1": "Negative", "2": "Benign", "3": "Probably benign", "4": "Suspicious",
+    "1": "Negative",
+    "2": "Benign",
+    "3": "Probably benign",
+    "4": "Suspicious",
     "5": "Highly suggestive of malignancy",
 }
 
@@ -114,24 +121,53 @@ DERIVED: dict[str, tuple[str, Callable[[str], str]]] = {
     "dirly": ("dir", lambda value: f"{value}ly"),
     "largest": ("dims", lambda value: f"{value.split()[0]} {value.split()[-1]}"),
     "stanford": ("segment", lambda value: "A" if value == "ascending" else "B"),
-    "surgeon": ("segment", lambda value: "Recommend emergent cardiac surgery consultation."
-                if value == "ascending" else "Recommend vascular surgery consultation."),
-    "drain": ("vol", lambda value: "Recommend follow-up radiograph."
-              if value == "small" else "Consider chest tube placement."),
-    "fleischner": ("size", steps("No routine follow-up needed.",
-                                 (6, "Recommend follow-up CT in 6 to 12 months."),
-                                 (9, "Recommend PET/CT or tissue sampling."))),
-    "taa": ("size", steps("Recommend annual imaging.", (5.0, "Recommend imaging in 6 months."),
-                          (5.5, "Recommend cardiac surgery consultation."))),
-    "aaa": ("size", steps("Recommend ultrasound in 3 years.", (4.0, "Recommend ultrasound in 12 months."),
-                          (5.0, "Recommend ultrasound in 6 months."),
-                          (5.5, "Recommend vascular surgery consultation."))),
-    "polyp": ("size", steps("No follow-up needed.", (6, "Recommend follow-up ultrasound in 6 months."),
-                            (10, "Recommend surgical consultation."))),
-    "tr3": ("size", steps("No follow-up needed.", (1.5, "Recommend follow-up ultrasound."),
-                          (2.5, "Recommend FNA."))),
-    "tr4": ("size", steps("No follow-up needed.", (1.0, "Recommend follow-up ultrasound."),
-                          (1.5, "Recommend FNA."))),
+    "surgeon": (
+        "segment",
+        lambda value: (
+            "Recommend emergent cardiac surgery consultation."
+            if value == "ascending"
+            else "Recommend vascular surgery consultation."
+        ),
+    ),
+    "drain": (
+        "vol",
+        lambda value: "Recommend follow-up radiograph." if value == "small" else "Consider chest tube placement.",
+    ),
+    "fleischner": (
+        "size",
+        steps(
+            "No routine follow-up needed.",
+            (6, "Recommend follow-up CT in 6 to 12 months."),
+            (9, "Recommend PET/CT or tissue sampling."),
+        ),
+    ),
+    "taa": (
+        "size",
+        steps(
+            "Recommend annual imaging.",
+            (5.0, "Recommend imaging in 6 months."),
+            (5.5, "Recommend cardiac surgery consultation."),
+        ),
+    ),
+    "aaa": (
+        "size",
+        steps(
+            "Recommend ultrasound in 3 years.",
+            (4.0, "Recommend ultrasound in 12 months."),
+            (5.0, "Recommend ultrasound in 6 months."),
+            (5.5, "Recommend vascular surgery consultation."),
+        ),
+    ),
+    "polyp": (
+        "size",
+        steps(
+            "No follow-up needed.",
+            (6, "Recommend follow-up ultrasound in 6 months."),
+            (10, "Recommend surgical consultation."),
+        ),
+    ),
+    "tr3": ("size", steps("No follow-up needed.", (1.5, "Recommend follow-up ultrasound."), (2.5, "Recommend FNA."))),
+    "tr4": ("size", steps("No follow-up needed.", (1.0, "Recommend follow-up ultrasound."), (1.5, "Recommend FNA."))),
     "tr5": ("size", steps("Recommend follow-up ultrasound.", (1.0, "Recommend FNA."))),
     "adenoma": ("size", steps("microadenoma", (10, "macroadenoma"))),
 }
@@ -789,22 +825,32 @@ def parse_exam(block: str) -> Exam:
         elif head in ("@", "@!"):
             name, clear, *others = tail.split(" | ")
             pairs = (other.split(": ", 1) for other in others)
-            exam.regions.append(Region(name, head == "@!", expand(*clear.split(" / ")),
-                                       tuple((slot, expand(*says.split(" / "))) for slot, says in pairs)))
+            exam.regions.append(
+                Region(
+                    name,
+                    head == "@!",
+                    expand(*clear.split(" / ")),
+                    tuple((slot, expand(*says.split(" / "))) for slot, says in pairs),
+                )
+            )
         elif head == "+":
             place, means = tail.split(" > ")
             names = place.split()
             keys = tuple(name for name in names if name in exam.findings)
-            exam.combinations.append(Combination(keys, tuple(names[len(keys):]), expand(means)[0]))
+            exam.combinations.append(Combination(keys, tuple(names[len(keys) :]), expand(means)[0]))
         else:
             finding = parse_finding(line, level, len(exam.findings))
             exam.findings[finding.key] = finding
             exam.levels[level].append(finding)
     joined = {pair for rule in exam.combinations for pair in itertools.permutations(rule.keys, 2)}
     positives = exam.levels["acute"] + exam.levels["minor"]
-    exam.held_out = [(first.key, second.key) for first, second in itertools.combinations(positives, 2)
-                     if not set(first.slots) & set(second.slots) and (first.key, second.key) not in joined
-                     and fraction(f"{key} {first.key} {second.key}") < 1 / 6]
+    exam.held_out = [
+        (first.key, second.key)
+        for first, second in itertools.combinations(positives, 2)
+        if not set(first.slots) & set(second.slots)
+        and (first.key, second.key) not in joined
+        and fraction(f"{key} {first.key} {second.key}") < 1 / 6
+    ]
     return exam
 
 
@@ -818,8 +864,16 @@ def parse_finding(line: str, level: str, rank: int) -> Finding:
     for attribute in attributes:
         name, _, source = attribute.partition("=")
         draws.append((name, values(name, source) if source else POOL.get(name, ())))
-    return Finding(key, rank, level, tuple(regions.split(",")), tuple(slots.split(",")), tuple(draws),
-                   expand(means) if means else (), expand(*says))
+    return Finding(
+        key,
+        rank,
+        level,
+        tuple(regions.split(",")),
+        tuple(slots.split(",")),
+        tuple(draws),
+        expand(means) if means else (),
+        expand(*says),
+    )
 
 
 POOL = {name: values(name, source) for name, source in re.findall(r"(\w+)=(.+)", POOLS)}
@@ -839,7 +893,7 @@ def can_be_reserved(finding: Finding) -> bool:
 
 
 def article(text: str) -> str:
-    """"a 8 mm" -> "an 8 mm", and a capital first letter."""
+    """ "a 8 mm" -> "an 8 mm", and a capital first letter."""
     text = re.sub(r"\b([Aa]) (?=8|1[18]\b|[aeio]|u(?!ni|te|re))", r"\1n ", text)
     return text[0].upper() + text[1:]
 
@@ -856,8 +910,9 @@ def say(rng: Random, phrases: Sequence[Phrase], attributes: Attributes) -> str:
     phrase = pick(rng, phrases)
     if not phrase.names:
         return phrase.form
-    fields = {name: pick(rng, POOL[name]) if name.startswith("n_") else value(attributes, name)
-              for name in phrase.names}
+    fields = {
+        name: pick(rng, POOL[name]) if name.startswith("n_") else value(attributes, name) for name in phrase.names
+    }
     return article(phrase.form.format_map(fields))
 
 
@@ -889,8 +944,9 @@ def clash(exam: Exam, one: Finding, other: Finding, held_out: bool) -> bool:
     return not held_out and pair in exam.held_out
 
 
-def draw(rng: Random, exam: Exam, finding: Finding, given: Attributes, forced: Attributes,
-         reserved: bool | None) -> tuple[Attributes, bool]:
+def draw(
+    rng: Random, exam: Exam, finding: Finding, given: Attributes, forced: Attributes, reserved: bool | None
+) -> tuple[Attributes, bool]:
     """Attributes of a finding, and whether they are reserved for test (`reserved` None: either will do)."""
     limited = can_be_reserved(finding)
     for _ in range(1000):
@@ -905,8 +961,9 @@ def draw(rng: Random, exam: Exam, finding: Finding, given: Attributes, forced: A
     raise AssertionError(f"{exam.key} {finding.key}: no attribute combination with reserved={reserved}")
 
 
-def make_report(rng: Random, exam_key: str | None = None, *, positives: int | None = None,
-                held_out: bool = False) -> Report:
+def make_report(
+    rng: Random, exam_key: str | None = None, *, positives: int | None = None, held_out: bool = False
+) -> Report:
     """One report of an exam (a key of EXAMS) with up to `positives` findings; by chance where not given.
 
     With `held_out` it is one for the test split, without it one that may be trained on (rules 2 and 3 above).
@@ -940,9 +997,17 @@ def make_report(rng: Random, exam_key: str | None = None, *, positives: int | No
     ranked = sorted(chosen, key=lambda finding: finding.rank)
     positive = {finding.key: drawn[finding.key] for finding in ranked if finding.impression}
     return Report(
-        exam.key, exam.modality, exam.body_part.format_map(given), exam.title.format_map(given),
-        say(rng, exam.techniques, given), indication, text, impress(exam, positive, given, answered),
-        close(exam, positive, given), tuple(positive), reserved,
+        exam.key,
+        exam.modality,
+        exam.body_part.format_map(given),
+        exam.title.format_map(given),
+        say(rng, exam.techniques, given),
+        indication,
+        text,
+        impress(exam, positive, given, answered),
+        close(exam, positive, given),
+        tuple(positive),
+        reserved,
     )
 
 
@@ -955,8 +1020,7 @@ def pick_share(rng: Random, shares: Sequence[float]) -> int:
     return len(shares) - 1
 
 
-def impress(exam: Exam, positive: dict[str, Attributes], given: Attributes,
-            asks: Sequence[Ask]) -> tuple[str, ...]:
+def impress(exam: Exam, positive: dict[str, Attributes], given: Attributes, asks: Sequence[Ask]) -> tuple[str, ...]:
     """The statements of the impression. `positive` holds the findings in order of importance."""
     ranked: list[tuple[int, str]] = []
     left = dict(positive)
@@ -995,8 +1059,14 @@ def close(exam: Exam, positive: dict[str, Attributes], given: Attributes) -> str
     return f"BI-RADS {category}: {BIRADS[category]}.{advice}"
 
 
-def narrate(rng: Random, exam: Exam, chosen: Sequence[Finding], drawn: dict[str, Attributes],
-            given: Attributes, asks: Sequence[Ask]) -> str:
+def narrate(
+    rng: Random,
+    exam: Exam,
+    chosen: Sequence[Finding],
+    drawn: dict[str, Attributes],
+    given: Attributes,
+    asks: Sequence[Ask],
+) -> str:
     """The findings text: a walk through the regions, most of them normal."""
     spoken: dict[str, list[str]] = {}
     silent: set[str] = set()
@@ -1009,8 +1079,11 @@ def narrate(rng: Random, exam: Exam, chosen: Sequence[Finding], drawn: dict[str,
     for region in in_order(rng, exam.regions, spoken):
         pieces += [(region.name, sentence, 0) for sentence in spoken.get(region.name, ())]
         if region.name in silent:
-            pieces += [(region.name, say(rng, phrases, given), 2) for slot, phrases in region.rest
-                       if slot not in taken and rng.random() < 0.7]
+            pieces += [
+                (region.name, say(rng, phrases, given), 2)
+                for slot, phrases in region.rest
+                if slot not in taken and rng.random() < 0.7
+            ]
         elif region.required or rng.random() < 0.9:
             stated = any(name in given for name in region.clear[0].names)
             ease = 0 if stated else 1 if region.required else 2
@@ -1101,12 +1174,18 @@ def make_split(name: str, seen: set[str]) -> list[dict[str, str]]:
         seen.add(key)
         patients += rng.random() < 0.85 or not rows  # some patients have two or three exams
         day = datetime.date(2015, 1, 1) + datetime.timedelta(days=int(rng.random() * 3650))
-        rows.append({
-            "id": f"syn-{name}-{len(rows) + 1:06d}", "findings": report.findings,
-            "impression": report.impression, "patient_id": f"syn-{name}-p{patients:05d}",
-            "study_date": day.isoformat(), "modality": report.modality, "body_part": report.body_part,
-            "indication": report.indication,
-        })
+        rows.append(
+            {
+                "id": f"syn-{name}-{len(rows) + 1:06d}",
+                "findings": report.findings,
+                "impression": report.impression,
+                "patient_id": f"syn-{name}-p{patients:05d}",
+                "study_date": day.isoformat(),
+                "modality": report.modality,
+                "body_part": report.body_part,
+                "indication": report.indication,
+            }
+        )
     return rows
 
 

@@ -109,7 +109,7 @@ class Config(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The whole config as plain values, without the sections that the method leaves unused; `parse_config` reads it."""
+        """The config as plain values, without the sections that the method leaves unused; `parse_config` reads it."""
         unused = {"full": {"lora", "quantization"}, "lora": {"quantization"}, "qlora": set[str]()}[self.method]
         return self.model_dump(mode="json", exclude=unused)
 

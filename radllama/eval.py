@@ -44,14 +44,21 @@ BASELINES = ("constant", "findings copied", "nearest neighbour")
 # A sentence ends at a line break, at a semicolon, or after . ! ? and a space, though not after a bare number,
 # which opens a list item ("1. Clear lungs."). An item written "2)" or "(2)" starts a sentence too.
 _BREAK = re.compile(r"\s*\n\s*|(?<=;)\s+|(?<=[.!?])(?<!\b\d\.)(?<!\b\d\d\.)\s+|\s+(?=\(?\d{1,2}\)\s)")
-_NORMAL = re.compile(r"[\W\d]*(?:no|normal|negative|unremarkable|clear|without)\b"
-                     r"|.*\b(?:normal|negative|unremarkable|clear|within normal limits)\W*$", re.I | re.S)
+_NORMAL = re.compile(
+    r"[\W\d]*(?:no|normal|negative|unremarkable|clear|without)\b"
+    r"|.*\b(?:normal|negative|unremarkable|clear|within normal limits)\W*$",
+    re.I | re.S,
+)
 _NOT_NORMAL = re.compile(
     r"\b(?:but|however|although|except|other than|aside|apart|with(?! no\b)|likely|possibl[ey]|probabl[ey]"
     r"|recommend\w*|(?:un)?chang\w+|stable|interval|persist\w*|residual|chronic|again|increas\w*|decreas\w*"
-    r"|improv\w*|worse\w*|mild\w*|moderate\w*|severe\w*|small|large|status post|post\w*op\w*)\b", re.I)
-NORMAL_RULE = ("each sentence of the reference opens with no, normal, negative, unremarkable, clear or without, or "
-               "ends on such a word, and none names a change, degree, doubt or exception (rule 1)")
+    r"|improv\w*|worse\w*|mild\w*|moderate\w*|severe\w*|small|large|status post|post\w*op\w*)\b",
+    re.I,
+)
+NORMAL_RULE = (
+    "each sentence of the reference opens with no, normal, negative, unremarkable, clear or without, or "
+    "ends on such a word, and none names a change, degree, doubt or exception (rule 1)"
+)
 _STEMMER = SimpleNamespace(stem=lru_cache(maxsize=None)(PorterStemmer().stem))  # slow, and words recur
 
 
@@ -102,10 +109,15 @@ def _read_jsonl(path: Path, fields: Sequence[str], problems: list[str]) -> list[
                     reason = getattr(error, "msg", None) or getattr(error, "reason", "not an object, or too deep")
                     problems.append(f"{path} line {number}: invalid JSON ({reason}); write one object a line, in UTF-8")
                     continue
-                if wrong := [key for key in fields if not isinstance(row.get(key), str)
-                             or not (row[key].strip() or key == "prediction")]:
-                    problems.append(f"{path} line {number}: {', '.join(wrong)} must be given as a string, not empty "
-                                    "(only prediction may be); complete the row or delete it")
+                if wrong := [
+                    key
+                    for key in fields
+                    if not isinstance(row.get(key), str) or not (row[key].strip() or key == "prediction")
+                ]:
+                    problems.append(
+                        f"{path} line {number}: {', '.join(wrong)} must be given as a string, not empty "
+                        "(only prediction may be); complete the row or delete it"
+                    )
                 else:
                     rows.append((number, row))
     except OSError as error:
@@ -144,12 +156,19 @@ def load(paths: Sequence[Path], names: Sequence[str] | None = None) -> tuple[Cas
     for path, (name, rows) in zip(paths, read, strict=True):
         lacks, extra = [i for i in first if i not in rows], [i for i in rows if i not in first]
         if lacks or extra:
-            problems.append(f"{path}: against {main} {len(lacks)} ids are missing ({_some(lacks)}) and {len(extra)} "
-                            f"added ({_some(extra)}); score all systems on the same cases, or each file alone")
-        if odd := [i for i in first if i in rows and any(
-                first[i][key].split() != rows[i][key].split() for key in ("reference", "findings"))]:
-            problems.append(f"{path}: another reference or other findings than in {main} for {len(odd)} ids "
-                            f"({_some(odd)}); make both files from the same cases")
+            problems.append(
+                f"{path}: against {main} {len(lacks)} ids are missing ({_some(lacks)}) and {len(extra)} "
+                f"added ({_some(extra)}); score all systems on the same cases, or each file alone"
+            )
+        if odd := [
+            i
+            for i in first
+            if i in rows and any(first[i][key].split() != rows[i][key].split() for key in ("reference", "findings"))
+        ]:
+            problems.append(
+                f"{path}: another reference or other findings than in {main} for {len(odd)} ids "
+                f"({_some(odd)}); make both files from the same cases"
+            )
         if len(same := [str(other) for other, (label, _) in zip(paths, read, strict=True) if label == name]) > 1:
             problems.append(f"{path}: several systems are named {name!r} ({_some(same)}); tell them apart by --names")
     _raise_if(problems)
@@ -168,7 +187,8 @@ def load(paths: Sequence[Path], names: Sequence[str] | None = None) -> tuple[Cas
     strata = {name: mask for name, mask in strata.items() if 0 < mask.sum() < len(first)}
     return Cases(list(first), findings, references, clusters, all(patients), strata), [
         System(name, str(path), [rows[i]["prediction"] for i in first], [rows[i]["stop_reason"] for i in first])
-        for path, (name, rows) in zip(paths, read, strict=True)]
+        for path, (name, rows) in zip(paths, read, strict=True)
+    ]
 
 
 def sentences(text: str) -> list[str]:
@@ -183,8 +203,10 @@ def is_normal(reference: str) -> bool:
 
 def rouge_signature() -> str:
     """Everything the ROUGE numbers depend on, in one line to stand beside them."""
-    return (f"rouge-score={metadata.version('rouge-score')}|F1|stemmer=porter,nltk={metadata.version('nltk')}"
-            "|tokenizer=default(lower,a-z0-9)|Lsum-split=newline,semicolon,sentence,list-item(rule 1)")
+    return (
+        f"rouge-score={metadata.version('rouge-score')}|F1|stemmer=porter,nltk={metadata.version('nltk')}"
+        "|tokenizer=default(lower,a-z0-9)|Lsum-split=newline,semicolon,sentence,list-item(rule 1)"
+    )
 
 
 def _common(places: dict[str, int], reference: list[str], other: list[str]) -> set[int]:
@@ -234,8 +256,12 @@ def _rouge_case(ref_parts: list[list[str]], pred_parts: list[list[str]]) -> tupl
     bigrams = Counter(pairwise(ref)) & Counter(pairwise(pred))
     longest = _lcs_hits([ref], [pred])
     several = len(ref_parts) > 1 or len(pred_parts) > 1
-    return (f1(unigrams.total()), f1(bigrams.total(), 1), f1(longest),
-            f1(_lcs_hits(ref_parts, pred_parts) if several else longest))
+    return (
+        f1(unigrams.total()),
+        f1(bigrams.total(), 1),
+        f1(longest),
+        f1(_lcs_hits(ref_parts, pred_parts) if several else longest),
+    )
 
 
 def rouge(references: list[str], predictions: list[str]) -> dict[str, list[float]]:
@@ -252,9 +278,16 @@ def rouge(references: list[str], predictions: list[str]) -> dict[str, list[float
     return {name: [known[pair][k] for pair in pairs] for k, name in enumerate(ROUGE)}
 
 
-def bertscore(references: list[str], predictions: list[str], *, model: str = "roberta-large",
-              num_layers: int | None = None, batch_size: int = 64, device: str | None = None,
-              rescale: bool = False) -> dict[str, Any]:
+def bertscore(
+    references: list[str],
+    predictions: list[str],
+    *,
+    model: str = "roberta-large",
+    num_layers: int | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    rescale: bool = False,
+) -> dict[str, Any]:
     """BERTScore F1 of each case by the bert-score package (English, no idf); an empty text scores 0 without it.
 
     `model` is a name or a local folder; a folder named like a model that bert-score knows (".../roberta-large") takes
@@ -282,8 +315,12 @@ def bertscore(references: list[str], predictions: list[str], *, model: str = "ro
         part = todo[start : start + chunk]
         f1 = scorer.score([pred for _, pred in part], [ref for ref, _ in part], batch_size=batch_size)[2]
         scores.update(zip(part, np.nan_to_num(f1.numpy()).tolist(), strict=True))
-    result: dict[str, Any] = {"f1": [scores.get(pair, 0.0) for pair in pairs], "hash": scorer.hash,
-                              "f1_rescaled": None, "hash_rescaled": None}
+    result: dict[str, Any] = {
+        "f1": [scores.get(pair, 0.0) for pair in pairs],
+        "hash": scorer.hash,
+        "f1_rescaled": None,
+        "hash_rescaled": None,
+    }
     table = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{known}.tsv"
     if rescale and table.is_file():
         base = float(table.read_text().splitlines()[1 + layers].split(",")[3])  # LAYER,P,R,F
@@ -349,8 +386,10 @@ def baselines(cases: Cases, train: Path, seed: int = 0) -> list[System]:
     near = nearest([row["findings"] for row in rows], cases.findings)
     constant = constant_impression([row["impression"] for row in rows], seed)
     answers = ([constant] * len(near), cases.findings, [rows[i]["impression"] for i in near])
-    return [System(name, f"baseline from {train}", answer, [None] * len(answer))
-            for name, answer in zip(BASELINES, answers, strict=True)]
+    return [
+        System(name, f"baseline from {train}", answer, [None] * len(answer))
+        for name, answer in zip(BASELINES, answers, strict=True)
+    ]
 
 
 def _by_cluster(values: Floats, clusters: Ints) -> tuple[Floats, Floats]:
@@ -406,30 +445,47 @@ def _interval(draws: Floats, clusters: Ints) -> dict[str, float | None]:
     return {"low": low, "high": high}
 
 
-def _summary(scores: Floats, metrics: list[str], clusters: Ints, resamples: int,
-             seed: int) -> tuple[list[dict[str, Any]], Floats]:
+def _summary(
+    scores: Floats, metrics: list[str], clusters: Ints, resamples: int, seed: int
+) -> tuple[list[dict[str, Any]], Floats]:
     """For each of S systems mean and interval of each metric, and the draws. `scores` (n, S, M)."""
     shape = (resamples, *scores.shape[1:])
     draws = bootstrap_means(scores.reshape(len(scores), -1), clusters, resamples, seed).reshape(shape)
-    return [{metric: {"mean": float(scores[:, s, m].mean()), **_interval(draws[:, s, m], clusters)}
-             for m, metric in enumerate(metrics)} for s in range(scores.shape[1])], draws
+    return [
+        {
+            metric: {"mean": float(scores[:, s, m].mean()), **_interval(draws[:, s, m], clusters)}
+            for m, metric in enumerate(metrics)
+        }
+        for s in range(scores.shape[1])
+    ], draws
 
 
-def _compare(scores: Floats, names: list[str], metrics: list[str], clusters: Ints, draws: Floats,
-             seed: int) -> list[dict[str, Any]]:
+def _compare(
+    scores: Floats, names: list[str], metrics: list[str], clusters: Ints, draws: Floats, seed: int
+) -> list[dict[str, Any]]:
     """A row for each pair and metric: a - b, its paired interval, p, and p after Holm over the pair's metrics."""
     tested = [m for m, metric in enumerate(metrics) if metric not in DERIVED]
     keys = [(a, b, m) for (a, b), m in product(combinations(range(len(names)), 2), tested)]
     differences = np.stack([scores[:, a, m] - scores[:, b, m] for a, b, m in keys], axis=1)
     p = randomisation_p(differences, clusters, len(draws), seed).tolist()
     adjusted = [q for k in range(0, len(p), len(tested)) for q in holm(p[k : k + len(tested)])]
-    return [{"a": names[a], "b": names[b], "metric": metrics[m], "difference": float(differences[:, k].mean()),
-             **_interval(draws[:, a, m] - draws[:, b, m], clusters), "p": p[k], "p_holm": adjusted[k]}
-            for k, (a, b, m) in enumerate(keys)]
+    return [
+        {
+            "a": names[a],
+            "b": names[b],
+            "metric": metrics[m],
+            "difference": float(differences[:, k].mean()),
+            **_interval(draws[:, a, m] - draws[:, b, m], clusters),
+            "p": p[k],
+            "p_holm": adjusted[k],
+        }
+        for k, (a, b, m) in enumerate(keys)
+    ]
 
 
-def _score(cases: Cases, systems: list[System], report: dict[str, Any], model: str | None,
-           **options: Any) -> dict[str, Floats]:
+def _score(
+    cases: Cases, systems: list[System], report: dict[str, Any], model: str | None, **options: Any
+) -> dict[str, Floats]:
     """The columns: metric -> scores (systems, n). Signatures and problems go into the report."""
     references = cases.references * len(systems)  # all systems in one call: a model is loaded once
     predictions = [text for system in systems for text in system.predictions]
@@ -438,8 +494,10 @@ def _score(cases: Cases, systems: list[System], report: dict[str, Any], model: s
         found = bertscore(references, predictions, model=model, rescale=True, **options) if model is not None else {}
     except (OSError, ValueError, RuntimeError, AssertionError, ImportError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        report["problems"].append(f"no BERTScore with {model!r}: {reason}. Without a network give a local folder of "
-                                  "the model and --bertscore-layers; short of memory, lower --batch-size")
+        report["problems"].append(
+            f"no BERTScore with {model!r}: {reason}. Without a network give a local folder of "
+            "the model and --bertscore-layers; short of memory, lower --batch-size"
+        )
         found = {}
     for metric, key in (("bertscore", ""), (*DERIVED, "_rescaled")):
         if found.get(f"f1{key}"):
@@ -452,9 +510,14 @@ def _score(cases: Cases, systems: list[System], report: dict[str, Any], model: s
 def _per_case(cases: Cases, systems: list[System], columns: dict[str, Floats]) -> Iterable[dict[str, Any]]:
     """A row for each system and case: scores and strata, no report text."""
     for (s, system), (i, case) in product(enumerate(systems), enumerate(cases.ids)):
-        yield {"id": case, "system": system.name, **{metric: float(column[s, i]) for metric, column in columns.items()},
-               "empty": not system.predictions[i].strip(), "stop_reason": system.stop_reasons[i],
-               "strata": [name for name, mask in cases.strata.items() if mask[i]]}
+        yield {
+            "id": case,
+            "system": system.name,
+            **{metric: float(column[s, i]) for metric, column in columns.items()},
+            "empty": not system.predictions[i].strip(),
+            "stop_reason": system.stop_reasons[i],
+            "strata": [name for name, mask in cases.strata.items() if mask[i]],
+        }
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]], indent: int | None = None) -> None:
@@ -467,10 +530,19 @@ def _write(path: Path, rows: Iterable[dict[str, Any]], indent: int | None = None
         temporary.unlink(missing_ok=True)
 
 
-def evaluate(paths: Sequence[str | Path] | str | Path, *, names: Sequence[str] | None = None,
-             train: str | Path | None = None, out: str | Path | None = None, bertscore_model: str | None = None,
-             bertscore_layers: int | None = None, batch_size: int = 64, device: str | None = None,
-             resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    paths: Sequence[str | Path] | str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    train: str | Path | None = None,
+    out: str | Path | None = None,
+    bertscore_model: str | None = None,
+    bertscore_layers: int | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Score the systems of one or several predictions files on the same cases, and with `train` the baselines too.
 
     Returns what goes into `out`/metrics.json (`format_report` prints it); `out`/per_case.jsonl gets a row for each
@@ -490,24 +562,37 @@ def evaluate(paths: Sequence[str | Path] | str | Path, *, names: Sequence[str] |
         Path(out).mkdir(parents=True, exist_ok=True)  # before the work: a bad path costs nothing
 
     report: dict[str, Any] = {
-        "cases": len(cases.ids), "clusters": len(set(cases.clusters.tolist())), "resamples": resamples, "seed": seed,
-        "clustered_by": "patient_id" if cases.by_patient else None, "problems": [],
+        "cases": len(cases.ids),
+        "clusters": len(set(cases.clusters.tolist())),
+        "resamples": resamples,
+        "seed": seed,
+        "clustered_by": "patient_id" if cases.by_patient else None,
+        "problems": [],
         "signatures": {"normal": NORMAL_RULE, "rouge": rouge_signature()},
-        "versions": {name: metadata.version(name) for name in ("rouge-score", "nltk", "numpy")}}
-    columns = _score(cases, systems, report, bertscore_model, num_layers=bertscore_layers, batch_size=batch_size,
-                     device=device)
+        "versions": {name: metadata.version(name) for name in ("rouge-score", "nltk", "numpy")},
+    }
+    columns = _score(
+        cases, systems, report, bertscore_model, num_layers=bertscore_layers, batch_size=batch_size, device=device
+    )
     metrics = list(columns)
     scores = np.stack([column.T for column in columns.values()], axis=2)  # (n, systems, metrics)
     overall, draws = _summary(scores, metrics, cases.clusters, resamples, seed)
-    strata = {name: _summary(scores[mask], metrics, cases.clusters[mask], resamples, seed)[0]
-              for name, mask in cases.strata.items()}
+    strata = {
+        name: _summary(scores[mask], metrics, cases.clusters[mask], resamples, seed)[0]
+        for name, mask in cases.strata.items()
+    }
     report |= {"metrics": metrics, "strata": {name: int(mask.sum()) for name, mask in cases.strata.items()}}
     report["systems"] = {
         system.name: {
-            "source": system.source, "empty": sum(not text.strip() for text in system.predictions),
-            "stopped": system.stop_reasons.count("stop"), "truncated": system.stop_reasons.count("length"),
-            "metrics": overall[s], "strata": {name: rows[s] for name, rows in strata.items()}}
-        for s, system in enumerate(systems)}
+            "source": system.source,
+            "empty": sum(not text.strip() for text in system.predictions),
+            "stopped": system.stop_reasons.count("stop"),
+            "truncated": system.stop_reasons.count("length"),
+            "metrics": overall[s],
+            "strata": {name: rows[s] for name, rows in strata.items()},
+        }
+        for s, system in enumerate(systems)
+    }
     report["comparisons"] = _compare(scores, labels, metrics, cases.clusters, draws, seed) if len(systems) > 1 else []
     if out is not None:
         _write(Path(out) / "per_case.jsonl", _per_case(cases, systems, columns))
@@ -545,20 +630,39 @@ def format_report(report: dict[str, Any]) -> str:
     systems, metrics, names = report["systems"], report["metrics"], list(report["systems"])
     unit = f"{report['clusters']:,} patients" if report["clustered_by"] else "cases (no patient ids)"
     lines = [f"{report['cases']:,} cases; mean, 95 % interval from {report['resamples']:,} resamples of {unit}", ""]
-    lines += _table("system", names, [
-        (metric, [_cell(systems[name]["metrics"][metric], "mean") for name in names]) for metric in metrics])
-    lines += _table("answers that are", names, [
-        (key, [[f"{systems[name][key]:,}"] for name in names]) for key in ("empty", "stopped", "truncated")])
-    lines += _table("rougeL by stratum", names, [
-        (f"{title.removeprefix('modality ')[: 12 - len(f'{size:,}')]} {size:,}",
-         [_cell(systems[name]["strata"][title]["rougeL"], "mean") for name in names])
-        for title, size in report["strata"].items()][:12])
+    lines += _table(
+        "system",
+        names,
+        [(metric, [_cell(systems[name]["metrics"][metric], "mean") for name in names]) for metric in metrics],
+    )
+    lines += _table(
+        "answers that are",
+        names,
+        [(key, [[f"{systems[name][key]:,}"] for name in names]) for key in ("empty", "stopped", "truncated")],
+    )
+    lines += _table(
+        "rougeL by stratum",
+        names,
+        [
+            (
+                f"{title.removeprefix('modality ')[: 12 - len(f'{size:,}')]} {size:,}",
+                [_cell(systems[name]["strata"][title]["rougeL"], "mean") for name in names],
+            )
+            for title, size in report["strata"].items()
+        ][:12],
+    )
     rows = {(row["b"], row["metric"]): row for row in report["comparisons"] if row["a"] == names[0]}
     if rows:
         lines += ["paired difference, its 95 % interval, p (approximate randomisation; Holm)", ""]
-        lines += _table(f"{names[0]} - ...", names[1:], [
-            (metric, [_cell(rows[name, metric], "difference", "+") for name in names[1:]])
-            for metric in metrics if metric not in DERIVED])
+        lines += _table(
+            f"{names[0]} - ...",
+            names[1:],
+            [
+                (metric, [_cell(rows[name, metric], "difference", "+") for name in names[1:]])
+                for metric in metrics
+                if metric not in DERIVED
+            ],
+        )
     for key, text in report["signatures"].items():
         lines += textwrap.wrap(f"{key}: {text}", 80, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
@@ -566,10 +670,14 @@ def format_report(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m radllama.eval", description=(
-        "Score predictions.jsonl files (a line: id, findings, reference, prediction, model, stop_reason) of one or "
-        "several systems on the same cases: ROUGE, BERTScore, intervals, paired tests, trivial baselines. The printed "
-        "table compares the first system with the others, metrics.json all pairs."))
+    parser = argparse.ArgumentParser(
+        prog="python -m radllama.eval",
+        description=(
+            "Score predictions.jsonl files (a line: id, findings, reference, prediction, model, stop_reason) of one or "
+            "several systems on the same cases: ROUGE, BERTScore, intervals, paired tests, trivial baselines. The printed "
+            "table compares the first system with the others, metrics.json all pairs."
+        ),
+    )
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PREDICTIONS", help="one file for each system")
     add("--out", type=Path, required=True, metavar="DIR", help="gets metrics.json and per_case.jsonl")

@@ -77,7 +77,9 @@ class LlamaConfig:
         problems = [f"{key}: expected {expected[key]!r}, found {value!r}" for key, value in found.items()]
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         optional = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-        given = {key: raw.get(key) for key in sizes} | {key: raw[key] for key in optional if raw.get(key) is not None}
+        given: dict[str, Any] = {key: raw.get(key) for key in sizes} | {
+            key: raw[key] for key in optional if raw.get(key) is not None
+        }
         wrong = {key: value for key, value in given.items() if type(value) is not int or value < 1}
         problems += [f"{key}: expected a positive integer, found {value!r}" for key, value in wrong.items()]
         scaling = None

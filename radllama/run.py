@@ -24,7 +24,7 @@ def claim_run_folder(config: Config, resume: bool) -> Path:
         changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), config.resolved())
         if changed:
             raise ValueError(
-                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another folder"
+                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another"
             )
         if not resume:
             raise ValueError(

@@ -526,7 +526,7 @@ def learning_rate_at(step: int, total: int, config: Config) -> float:
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Dropout's randomness is a function of (seed, step, rank), so that a resumed run needs no saved generator state."""
+    """Dropout draws are a function of (seed, step, rank), so that a resumed run needs no saved generator state."""
     torch.manual_seed(hash((seed, step, rank)) % 2**63)
 
 

@@ -48,9 +48,18 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def rows_of(model: str, answers: list[str], **more: Any) -> list[dict[str, Any]]:
-    return [{"id": f"case-{i}", "findings": findings, "reference": impression, "prediction": answer, "model": model,
-             "stop_reason": "stop", **more} for i, ((findings, impression), answer) in
-            enumerate(zip(REPORTS, answers, strict=True))]
+    return [
+        {
+            "id": f"case-{i}",
+            "findings": findings,
+            "reference": impression,
+            "prediction": answer,
+            "model": model,
+            "stop_reason": "stop",
+            **more,
+        }
+        for i, ((findings, impression), answer) in enumerate(zip(REPORTS, answers, strict=True))
+    ]
 
 
 @pytest.fixture
@@ -65,10 +74,35 @@ def two(tmp_path: Path) -> list[Path]:
 # ---- ROUGE
 
 
-words = st.sampled_from(["no", "acute", "effusion", "effusions", "left", "enlarged", "1.", "2)", "(3)", "6", "mm", "\n",
-                         ".", "; ", "Dr.", "stable,", "No", "naïve", "İ", "Σ", "-", "BI-RADS"])
+words = st.sampled_from(
+    [
+        "no",
+        "acute",
+        "effusion",
+        "effusions",
+        "left",
+        "enlarged",
+        "1.",
+        "2)",
+        "(3)",
+        "6",
+        "mm",
+        "\n",
+        ".",
+        "; ",
+        "Dr.",
+        "stable,",
+        "No",
+        "naïve",
+        "İ",
+        "Σ",
+        "-",
+        "BI-RADS",
+    ]
+)
 texts = st.lists(st.tuples(words, st.sampled_from([" ", " ", " ", "", ". ", "\n"])), max_size=40).map(
-    lambda parts: "".join(word + gap for word, gap in parts))
+    lambda parts: "".join(word + gap for word, gap in parts)
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -94,25 +128,37 @@ def test_rouge_wants_a_reference_for_each_prediction() -> None:
         ev.rouge(["a", "b"], ["a"])
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("1. Clear lungs. 2. No effusion.", ["1. Clear lungs.", "2. No effusion."]),
-    ("1) Clear lungs 2) No effusion", ["1) Clear lungs", "2) No effusion"]),
-    ("Effusion; cardiomegaly.\nNormal bones", ["Effusion;", "cardiomegaly.", "Normal bones"]),
-    ("Nodule of 1.5 cm in the lung. New!", ["Nodule of 1.5 cm in the lung.", "New!"]),
-    ("No acute disease. .", ["No acute disease."]),
-    (" \n ", []),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("1. Clear lungs. 2. No effusion.", ["1. Clear lungs.", "2. No effusion."]),
+        ("1) Clear lungs 2) No effusion", ["1) Clear lungs", "2) No effusion"]),
+        ("Effusion; cardiomegaly.\nNormal bones", ["Effusion;", "cardiomegaly.", "Normal bones"]),
+        ("Nodule of 1.5 cm in the lung. New!", ["Nodule of 1.5 cm in the lung.", "New!"]),
+        ("No acute disease. .", ["No acute disease."]),
+        (" \n ", []),
+    ],
+)
 def test_sentences(text: str, parts: list[str]) -> None:
     assert ev.sentences(text) == parts
 
 
-@pytest.mark.parametrize(("reference", "normal"), [
-    ("No acute cardiopulmonary disease.", True), ("1. Normal chest. 2. No fracture.", True), ("Lungs are clear.", True),
-    ("Normal chest with no effusion.", True), ("No change in right effusion.", False), ("Pneumonia.", False),
-    ("Normal heart with small effusion.", False), ("No acute disease, stable nodule.", False),
-    ("No pneumothorax but effusion.", False), ("Right lung unchanged, left lung clear", False),
-    ("Clear lungs. Effusion.", False),
-])
+@pytest.mark.parametrize(
+    ("reference", "normal"),
+    [
+        ("No acute cardiopulmonary disease.", True),
+        ("1. Normal chest. 2. No fracture.", True),
+        ("Lungs are clear.", True),
+        ("Normal chest with no effusion.", True),
+        ("No change in right effusion.", False),
+        ("Pneumonia.", False),
+        ("Normal heart with small effusion.", False),
+        ("No acute disease, stable nodule.", False),
+        ("No pneumothorax but effusion.", False),
+        ("Right lung unchanged, left lung clear", False),
+        ("Clear lungs. Effusion.", False),
+    ],
+)
 def test_normal_references(reference: str, normal: bool) -> None:
     assert ev.is_normal(reference) is normal
 
@@ -131,8 +177,9 @@ def test_bertscore_equals_the_package(batch_size: int) -> None:
     pairs = [(impression, answer) for _, impression in REPORTS for answer in answers]
     references, predictions = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     mine = ev.bertscore(references, predictions, model=MINILM, num_layers=6, batch_size=batch_size)
-    (_, _, f1), name = bert_score.score(predictions, references, model_type=MINILM, num_layers=6, return_hash=True,
-                                        batch_size=batch_size)
+    (_, _, f1), name = bert_score.score(
+        predictions, references, model_type=MINILM, num_layers=6, return_hash=True, batch_size=batch_size
+    )
     # bert-score lets a zero of the padding win over a negative cosine, so a score depends a little on its batch
     assert np.allclose(mine["f1"], f1.numpy(), atol=1e-5 if batch_size == 1 else 0.02)
     assert np.ptp(mine["f1"]) > 0.3  # the cases differ, so their order was tested
@@ -187,8 +234,19 @@ def test_evaluate_with_bertscore(two: list[Path]) -> None:
 
 def test_a_missing_model_is_reported_and_the_rest_goes_on(two: list[Path], tmp_path: Path, capsys: Any) -> None:
     missing = str(tmp_path / "no" / "such" / "model")
-    code = ev.main([*map(str, two), "--out", str(tmp_path / "o"), "--bertscore", missing, "--bertscore-layers", "3",
-                    "--resamples", "20"])
+    code = ev.main(
+        [
+            *map(str, two),
+            "--out",
+            str(tmp_path / "o"),
+            "--bertscore",
+            missing,
+            "--bertscore-layers",
+            "3",
+            "--resamples",
+            "20",
+        ]
+    )
     printed = capsys.readouterr()
     assert code == 0
     assert f"no BERTScore with {missing!r}" in printed.err
@@ -302,8 +360,13 @@ def test_nearest_breaks_ties_by_order() -> None:
 
 
 def test_the_constant_is_the_best_of_the_frequent_impressions() -> None:
-    impressions = (["Pneumonia of the lower lobe."] * 5 + ["No acute disease."] * 4 + ["no acute disease"] * 3
-                   + ["No acute cardiopulmonary disease."] * 3 + ["No acute bony disease is seen."] * 3)
+    impressions = (
+        ["Pneumonia of the lower lobe."] * 5
+        + ["No acute disease."] * 4
+        + ["no acute disease"] * 3
+        + ["No acute cardiopulmonary disease."] * 3
+        + ["No acute bony disease is seen."] * 3
+    )
     chosen = ev.constant_impression(impressions)
     means = {text: sum(google(reference, text)["rougeL"] for reference in impressions) for text in set(impressions)}
     assert means[chosen] == max(means.values())
@@ -312,10 +375,14 @@ def test_the_constant_is_the_best_of_the_frequent_impressions() -> None:
 
 
 def test_baselines_are_systems_like_others(two: list[Path], tmp_path: Path) -> None:
-    train = write(tmp_path / "train.jsonl", [
-        {"id": "a", "findings": "Lungs are clear and the heart is normal.", "impression": "No acute disease."},
-        {"id": "case-4", "findings": "Pleural effusion, large, on the right.", "impression": "Right effusion."},
-        {"id": "c", "findings": "Heart and lungs are clear today.", "impression": "No acute disease."}])
+    train = write(
+        tmp_path / "train.jsonl",
+        [
+            {"id": "a", "findings": "Lungs are clear and the heart is normal.", "impression": "No acute disease."},
+            {"id": "case-4", "findings": "Pleural effusion, large, on the right.", "impression": "Right effusion."},
+            {"id": "c", "findings": "Heart and lungs are clear today.", "impression": "No acute disease."},
+        ],
+    )
     report = ev.evaluate(two, train=train, resamples=50)
     assert list(report["systems"]) == ["good", "poor", "constant", "findings copied", "nearest neighbour"]
     assert len(report["comparisons"]) == 10 * 4
@@ -337,8 +404,12 @@ def test_evaluate_joins_files_by_id_and_counts(two: list[Path], tmp_path: Path) 
     good, poor = report["systems"]["good"], report["systems"]["poor"]
     assert good["metrics"]["rougeL"] == {"mean": 1, "low": 1, "high": 1}
     answers = ["Normal."] * 4 + ["  ", "No acute findings. " * 9]
-    expected = {name: np.mean([google(reference, answer)[name] for (_, reference), answer
-                               in zip(REPORTS, answers, strict=True)]) for name in ev.ROUGE}
+    expected = {
+        name: np.mean(
+            [google(reference, answer)[name] for (_, reference), answer in zip(REPORTS, answers, strict=True)]
+        )
+        for name in ev.ROUGE
+    }
     assert {name: entry["mean"] for name, entry in poor["metrics"].items()} == pytest.approx(expected)
     assert poor["metrics"]["rouge1"]["low"] < poor["metrics"]["rouge1"]["mean"] < poor["metrics"]["rouge1"]["high"]
     assert (poor["empty"], poor["stopped"], poor["truncated"]) == (1, 5, 1)
@@ -357,8 +428,17 @@ def test_evaluate_joins_files_by_id_and_counts(two: list[Path], tmp_path: Path) 
     lines = [json.loads(line) for line in (tmp_path / "out" / "per_case.jsonl").read_text().splitlines()]
     assert len(lines) == 12
     assert [line["id"] for line in lines[6:]] == [f"case-{i}" for i in range(6)]
-    assert lines[10] == {"id": "case-4", "system": "poor", "rouge1": 0, "rouge2": 0, "rougeL": 0, "rougeLsum": 0,
-                         "empty": True, "stop_reason": "stop", "strata": ["normal"]}
+    assert lines[10] == {
+        "id": "case-4",
+        "system": "poor",
+        "rouge1": 0,
+        "rouge2": 0,
+        "rougeL": 0,
+        "rougeLsum": 0,
+        "empty": True,
+        "stop_reason": "stop",
+        "strata": ["normal"],
+    }
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "per_case.jsonl"]
     written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     assert not any(text in written for pair in REPORTS for text in pair)  # scores can be shared, reports cannot
@@ -394,8 +474,10 @@ def test_one_case_alone_is_scored(tmp_path: Path) -> None:
 
 def test_the_table_fits_eighty_columns(tmp_path: Path) -> None:
     names = ["a-system-with-a-name-far-too-long-for-a-column/1", "a-system-with-a-name-far-too-long-for-a-column/2"]
-    paths = [write(tmp_path / f"{i}.jsonl", rows_of(name, ["Effusion."] * 6, modality=f"a modality of {'x' * 30}"))
-             for i, name in enumerate(names)]
+    paths = [
+        write(tmp_path / f"{i}.jsonl", rows_of(name, ["Effusion."] * 6, modality=f"a modality of {'x' * 30}"))
+        for i, name in enumerate(names)
+    ]
     report = ev.evaluate(paths, resamples=20)
     for entry in (report["systems"][names[0]]["metrics"]["rouge1"], report["comparisons"][0]):
         entry |= {"low": -1.2345, "high": -1.0}
@@ -488,8 +570,10 @@ def test_names(two: list[Path], tmp_path: Path) -> None:
 
 
 def test_training_data_must_not_hold_the_scored_cases(two: list[Path], tmp_path: Path) -> None:
-    pairs = [{"id": "case-1", "findings": REPORTS[1][0].upper(), "impression": "x"},
-             {"id": "case-2", "findings": "Another report that happens to have this id.", "impression": "x"}]
+    pairs = [
+        {"id": "case-1", "findings": REPORTS[1][0].upper(), "impression": "x"},
+        {"id": "case-2", "findings": "Another report that happens to have this id.", "impression": "x"},
+    ]
     with pytest.raises(ValueError, match=r"train.jsonl: holds 1 scored cases \(case-1\)"):
         ev.evaluate(two, train=write(tmp_path / "train.jsonl", pairs))
     with pytest.raises(ValueError, match=r"train.jsonl line 1: impression must be given"):
@@ -519,10 +603,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_the_command_line_works_alone(two: list[Path], tmp_path: Path) -> None:
     """As a user types it; and neither torch nor another module of ours is loaded on the way."""
-    code = ("import runpy, sys; sys.argv[0] = 'eval'\n"
-            "try: runpy.run_module('radllama.eval', run_name='__main__')\n"
-            "except SystemExit as end: assert end.code == 0, end.code\n"
-            "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'radllama')))")
+    code = (
+        "import runpy, sys; sys.argv[0] = 'eval'\n"
+        "try: runpy.run_module('radllama.eval', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'radllama')))"
+    )
     command = [sys.executable, "-c", code, *map(str, two), "--out", str(tmp_path / "o"), "--resamples", "50"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(ev.__file__).parents[1])
     assert done.stdout.splitlines()[-1] in ("['radllama']", "['radllama', 'radllama.eval']")
@@ -536,5 +622,17 @@ def test_help_names_every_option(capsys: Any) -> None:
         ev.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--out", "--names", "--train", "--bertscore", "--bertscore-layers",
-                                             "--batch-size", "--device", "--resamples", "--seed"))
+    assert all(
+        option in text
+        for option in (
+            "--out",
+            "--names",
+            "--train",
+            "--bertscore",
+            "--bertscore-layers",
+            "--batch-size",
+            "--device",
+            "--resamples",
+            "--seed",
+        )
+    )

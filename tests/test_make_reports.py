@@ -118,8 +118,10 @@ def test_the_phrase_table_is_sound(key: str) -> None:
     for region in exam.regions:
         for says in (region.clear, *dict(region.rest).values()):
             owners += [(phrase.form, "normal") for phrase in says]
-    assert all(len({owner for form, owner in group}) == 1
-               for _, group in itertools.groupby(sorted(set(owners)), key=lambda item: item[0]))
+    assert all(
+        len({owner for form, owner in group}) == 1
+        for _, group in itertools.groupby(sorted(set(owners)), key=lambda item: item[0])
+    )
 
 
 @pytest.mark.parametrize("key", EXAMS)
@@ -182,8 +184,11 @@ def test_counts_and_fields(splits: dict[str, list[Row]]) -> None:
 def test_writing_fails_cleanly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    for arguments in (["pairs", "--out", str(blocked)], ["text", "--output", str(tmp_path)],
-                      ["text", "--count", "-1", "--output", str(tmp_path / "x")]):
+    for arguments in (
+        ["pairs", "--out", str(blocked)],
+        ["text", "--output", str(tmp_path)],
+        ["text", "--count", "-1", "--output", str(tmp_path / "x")],
+    ):
         with pytest.raises(SystemExit) as stop:
             make_reports.main(arguments)
         assert stop.value.code == 2
@@ -212,8 +217,7 @@ def test_findings_made_before_are_not_made_again(monkeypatch: pytest.MonkeyPatch
     assert taken not in {make_reports.normalise(row["findings"]) for row in again}
     first = make_reports.make_report(Random(f"{make_reports.SEED} text 9"))
     assert first.findings in next(make_reports.make_texts(1, 9))["text"]
-    monkeypatch.setattr(
-        make_reports, "make_split", lambda name, seen: seen.add(make_reports.normalise(first.findings)))
+    monkeypatch.setattr(make_reports, "make_split", lambda name, seen: seen.add(make_reports.normalise(first.findings)))
     assert first.findings not in next(make_reports.make_texts(1, 9))["text"]
 
 
@@ -303,8 +307,10 @@ def test_every_positive_is_in_the_impression_by_importance(splits: dict[str, lis
         keys = positives(row)
         if any(set(rule.keys) <= keys for rule in exam.combinations):
             continue
-        expected = [matcher(exam.findings[key].impression[0].form)
-                    for key in sorted(keys, key=lambda key: exam.findings[key].rank)]
+        expected = [
+            matcher(exam.findings[key].impression[0].form)
+            for key in sorted(keys, key=lambda key: exam.findings[key].rank)
+        ]
         assert re.search(".*".join(expected), row["impression"], re.IGNORECASE), (row["id"], sorted(keys))
         checked += len(keys) > 1
     assert checked > 1200
@@ -399,8 +405,7 @@ CONTRADICTIONS = {  # exam -> what a finding says, what the same report must the
 }
 
 
-@pytest.mark.parametrize(
-    ("exam", "keys"), [(exam, keys) for exam, rules in CONTRADICTIONS.items() for keys in rules])
+@pytest.mark.parametrize(("exam", "keys"), [(exam, keys) for exam, rules in CONTRADICTIONS.items() for keys in rules])
 def test_no_report_contradicts_itself(splits: dict[str, list[Row]], exam: str, keys: str) -> None:
     denied, tried = re.compile(CONTRADICTIONS[exam][keys]), 0
     assert {*keys.split()} <= {*EXAMS[exam].findings}
@@ -413,12 +418,14 @@ def test_no_report_contradicts_itself(splits: dict[str, list[Row]], exam: str, k
     assert any(denied.search(row["findings"]) for row in other), "the denial never occurs: a stale rule"
 
 
-@pytest.mark.parametrize(("exam", "organ", "normal"), [
-    ("abdomen-us", "kidney", r"is normal|measures [\d.]+ cm without"),
-    ("thyroid-us", "lobe", r"(is|measures) [45]\.\d x 1"),
-])
-def test_only_the_other_side_is_normal(
-        splits: dict[str, list[Row]], exam: str, organ: str, normal: str) -> None:
+@pytest.mark.parametrize(
+    ("exam", "organ", "normal"),
+    [
+        ("abdomen-us", "kidney", r"is normal|measures [\d.]+ cm without"),
+        ("thyroid-us", "lobe", r"(is|measures) [45]\.\d x 1"),
+    ],
+)
+def test_only_the_other_side_is_normal(splits: dict[str, list[Row]], exam: str, organ: str, normal: str) -> None:
     sided = {finding.key for finding in EXAMS[exam].findings.values() if "{side}" in finding.regions[0]}
     tried = 0
     for row in all_rows(splits):
@@ -432,8 +439,10 @@ def test_only_the_other_side_is_normal(
 
 
 def test_the_language_is_clean(splits: dict[str, list[Row]], texts: list[str]) -> None:
-    bad = re.compile(r"[{}|\[\]_]| {2}| \.|\.\.|,\.|\b[Aa] (?:8|11|18)\b|\b[Aa] [aeio]\w"
-                     r"|\b[Aa]n [bcdfgjkmpqtvwyz]\w|\b([a-z]+) \1\b")
+    bad = re.compile(
+        r"[{}|\[\]_]| {2}| \.|\.\.|,\.|\b[Aa] (?:8|11|18)\b|\b[Aa] [aeio]\w"
+        r"|\b[Aa]n [bcdfgjkmpqtvwyz]\w|\b([a-z]+) \1\b"
+    )
     prior = re.compile(r"prior|previous|compar|interval|unchanged|stable|new since|since", re.IGNORECASE)
     for row in all_rows(splits):
         for name in ("findings", "impression", "indication"):
@@ -451,18 +460,37 @@ def test_the_language_is_clean(splits: dict[str, list[Row]], texts: list[str]) -
 # --- the rules ---
 
 
-@pytest.mark.parametrize(("rule", "value", "expected"), [
-    ("fleischner", "5 mm", "No routine"), ("fleischner", "6 mm", "6 to 12 months"),
-    ("fleischner", "8 mm", "6 to 12 months"), ("fleischner", "9 mm", "PET/CT"),
-    ("aaa", "3.9 cm", "3 years"), ("aaa", "4.0 cm", "12 months"), ("aaa", "5.4 cm", "6 months"),
-    ("aaa", "5.5 cm", "surgery"), ("taa", "4.9 cm", "annual"), ("taa", "5.5 cm", "surgery"),
-    ("polyp", "5 mm", "No follow-up"), ("polyp", "9 mm", "6 months"), ("polyp", "10 mm", "surgical"),
-    ("tr3", "1.4 cm", "No follow-up"), ("tr3", "2.4 cm", "ultrasound"), ("tr3", "2.5 cm", "FNA"),
-    ("tr4", "0.9 cm", "No follow-up"), ("tr4", "1.0 cm", "ultrasound"), ("tr4", "1.5 cm", "FNA"),
-    ("tr5", "0.9 cm", "ultrasound"), ("tr5", "1.0 cm", "FNA"),
-    ("adenoma", "9 mm", "micro"), ("adenoma", "10 mm", "macro"),
-    ("largest", "3.2 x 2.4 cm", "3.2 cm"), ("stanford", "ascending", "A"), ("sevly", "severe", "severely"),
-])
+@pytest.mark.parametrize(
+    ("rule", "value", "expected"),
+    [
+        ("fleischner", "5 mm", "No routine"),
+        ("fleischner", "6 mm", "6 to 12 months"),
+        ("fleischner", "8 mm", "6 to 12 months"),
+        ("fleischner", "9 mm", "PET/CT"),
+        ("aaa", "3.9 cm", "3 years"),
+        ("aaa", "4.0 cm", "12 months"),
+        ("aaa", "5.4 cm", "6 months"),
+        ("aaa", "5.5 cm", "surgery"),
+        ("taa", "4.9 cm", "annual"),
+        ("taa", "5.5 cm", "surgery"),
+        ("polyp", "5 mm", "No follow-up"),
+        ("polyp", "9 mm", "6 months"),
+        ("polyp", "10 mm", "surgical"),
+        ("tr3", "1.4 cm", "No follow-up"),
+        ("tr3", "2.4 cm", "ultrasound"),
+        ("tr3", "2.5 cm", "FNA"),
+        ("tr4", "0.9 cm", "No follow-up"),
+        ("tr4", "1.0 cm", "ultrasound"),
+        ("tr4", "1.5 cm", "FNA"),
+        ("tr5", "0.9 cm", "ultrasound"),
+        ("tr5", "1.0 cm", "FNA"),
+        ("adenoma", "9 mm", "micro"),
+        ("adenoma", "10 mm", "macro"),
+        ("largest", "3.2 x 2.4 cm", "3.2 cm"),
+        ("stanford", "ascending", "A"),
+        ("sevly", "severe", "severely"),
+    ],
+)
 def test_derived_values(rule: str, value: str, expected: str) -> None:
     assert expected in make_reports.DERIVED[rule][1](value)
 
@@ -475,46 +503,82 @@ def impress(exam: str, given: dict[str, str] | None = None, /, **positive: dict[
 def test_findings_that_are_one_diagnosis_are_joined() -> None:
     stone = {"side": "left", "ureter": "distal", "size": "6 mm"}
     assert impress("abdomen-ct", stone=stone, hydro={"side": "left", "sev": "mild"}) == (
-        "Obstructing 6 mm distal left ureteral stone with mild hydronephrosis.",)
+        "Obstructing 6 mm distal left ureteral stone with mild hydronephrosis.",
+    )
     assert impress("abdomen-ct", stone=stone, hydro={"side": "right", "sev": "mild"}) == (
-        "6 mm distal left ureteral stone.", "Mild right hydronephrosis.")
+        "6 mm distal left ureteral stone.",
+        "Mild right hydronephrosis.",
+    )
     heart = {"edema": {"sev": "moderate"}, "effusions": {"vol": "small"}, "cardiomegaly": {"sev": "mild"}}
-    assert impress("chest-xray", **heart) == (
-        "Congestive heart failure with moderate edema and small effusions.",)
+    assert impress("chest-xray", **heart) == ("Congestive heart failure with moderate edema and small effusions.",)
     effusion = {"vol": "small", "side": "right"}
     assert impress("chest-xray", pneumonia={"lobe": "right lower lobe"}, effusion=effusion) == (
-        "Right lower lobe pneumonia with small parapneumonic effusion.",)
+        "Right lower lobe pneumonia with small parapneumonic effusion.",
+    )
     assert impress("chest-xray", pneumonia={"lobe": "left lower lobe"}, effusion=effusion) == (
-        "Left lower lobe pneumonia.", "Small right pleural effusion.")
+        "Left lower lobe pneumonia.",
+        "Small right pleural effusion.",
+    )
 
 
-@pytest.mark.parametrize(("exam", "key", "attributes", "statement"), [
-    ("abdomen-ct", "aaa", {"size": "5.0 cm"},
-     "5.0 cm abdominal aortic aneurysm. Recommend ultrasound in 6 months."),
-    ("abdomen-us", "aaa", {"size": "5.6 cm"},
-     "5.6 cm abdominal aortic aneurysm. Recommend vascular surgery consultation."),
-    ("chest-ct", "aneurysm", {"size": "4.6 cm"},
-     "4.6 cm ascending aortic aneurysm. Recommend annual imaging."),
-    ("chest-ct", "nodule", {"size": "8 mm", "lobe": "left upper lobe"},
-     "8 mm solid left upper lobe nodule. Recommend follow-up CT in 6 to 12 months."),
-    ("chest-ct", "dissection", {"segment": "descending"},
-     "Stanford type B aortic dissection. Recommend vascular surgery consultation."),
-    ("brain-mr", "infarct", {"side": "left", "stroke": "occipital lobe"},
-     "Acute left posterior cerebral artery territory infarct."),
-    ("thyroid-us", "tr4", {"side": "right", "third": "mid", "size": "1.5 cm"},
-     "1.5 cm TI-RADS 4 right mid pole nodule. Recommend FNA."),
-])
+@pytest.mark.parametrize(
+    ("exam", "key", "attributes", "statement"),
+    [
+        (
+            "abdomen-ct",
+            "aaa",
+            {"size": "5.0 cm"},
+            "5.0 cm abdominal aortic aneurysm. Recommend ultrasound in 6 months.",
+        ),
+        (
+            "abdomen-us",
+            "aaa",
+            {"size": "5.6 cm"},
+            "5.6 cm abdominal aortic aneurysm. Recommend vascular surgery consultation.",
+        ),
+        ("chest-ct", "aneurysm", {"size": "4.6 cm"}, "4.6 cm ascending aortic aneurysm. Recommend annual imaging."),
+        (
+            "chest-ct",
+            "nodule",
+            {"size": "8 mm", "lobe": "left upper lobe"},
+            "8 mm solid left upper lobe nodule. Recommend follow-up CT in 6 to 12 months.",
+        ),
+        (
+            "chest-ct",
+            "dissection",
+            {"segment": "descending"},
+            "Stanford type B aortic dissection. Recommend vascular surgery consultation.",
+        ),
+        (
+            "brain-mr",
+            "infarct",
+            {"side": "left", "stroke": "occipital lobe"},
+            "Acute left posterior cerebral artery territory infarct.",
+        ),
+        (
+            "thyroid-us",
+            "tr4",
+            {"side": "right", "third": "mid", "size": "1.5 cm"},
+            "1.5 cm TI-RADS 4 right mid pole nodule. Recommend FNA.",
+        ),
+    ],
+)
 def test_statements(exam: str, key: str, attributes: dict[str, str], statement: str) -> None:
     assert impress(exam, **{key: attributes}) == (statement,)
 
 
 def test_minor_findings_follow_a_statement_that_nothing_acute_is_wrong() -> None:
     assert impress("chest-xray", copd={}) == (
-        "No acute cardiopulmonary abnormality.", "Chronic obstructive pulmonary disease.")
+        "No acute cardiopulmonary abnormality.",
+        "Chronic obstructive pulmonary disease.",
+    )
     assert impress("chest-xray", cardiomegaly={"sev": "mild"}, copd={}) == (
-        "Mild cardiomegaly.", "Chronic obstructive pulmonary disease.")
+        "Mild cardiomegaly.",
+        "Chronic obstructive pulmonary disease.",
+    )
     assert impress("joint-xray", {"side": "left", "part": "knee"}) == (
-        "No acute fracture or dislocation of the left knee.",)
+        "No acute fracture or dislocation of the left knee.",
+    )
 
 
 def test_a_mammogram_takes_its_highest_category() -> None:

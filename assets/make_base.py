@@ -1,9 +1,9 @@
 """Make the folder that training from scratch starts from: a small byte-level BPE tokenizer and a Llama config.json.
 
-    python assets/make_base.py --texts TEXTS.jsonl [more.jsonl ...] --output DIR [--vocab-size 4096] [--hidden-size 192] ...
+    python assets/make_base.py --texts TEXTS.jsonl [more.jsonl ...] --output DIR [--vocab-size 4096] ...
 
 The tokenizer is learned from the texts (every string under text, findings or impression) with Llama 3's split
-pattern and the names of its special tokens. Then train with method full and model.from_scratch (configs/tiny-full.json).
+pattern and the names of its special tokens. Then train with method full and model.from_scratch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SPECIALS = [
     "<|eot_id|>",
     "<|finetune_right_pad_id|>",
 ]
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The form of Llama 3's own template: BOS, then header, stripped content and <|eot_id|> for every message.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"

@@ -674,8 +674,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m radllama.eval",
         description=(
             "Score predictions.jsonl files (a line: id, findings, reference, prediction, model, stop_reason) of one or "
-            "several systems on the same cases: ROUGE, BERTScore, intervals, paired tests, trivial baselines. The printed "
-            "table compares the first system with the others, metrics.json all pairs."
+            "several systems on the same cases: ROUGE, BERTScore, intervals, paired tests, trivial baselines. "
+            "The printed table compares the first system with the others, metrics.json all pairs."
         ),
     )
     add = parser.add_argument

@@ -74,7 +74,9 @@ SIGNATURES = [
 ]
 
 
-@pytest.mark.parametrize(("function", "positional", "defaults"), SIGNATURES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("function", "positional", "defaults"), SIGNATURES, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_signatures_only_grow(function: object, positional: list[str], defaults: dict[str, object]) -> None:
     parameters = inspect.signature(function).parameters  # type: ignore[arg-type]
     assert [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
@@ -83,7 +85,9 @@ def test_signatures_only_grow(function: object, positional: list[str], defaults:
         assert parameters[name].default == value
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.json")) + [ROOT / "qlora.json"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*.json")) + [ROOT / "qlora.json"], ids=lambda file: file.stem
+)
 def test_every_config_parses_and_says_what_it_needs(file: Path) -> None:
     assert read_config(file).comment
     assert json.loads(file.read_text(encoding="utf-8"))["comment"]

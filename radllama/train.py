@@ -355,21 +355,15 @@ def read_reports(config: Config, path: str, tokenizer: Tokenizer, prompt: Prompt
 
 def warn_of_untrained_headers(config: Config, source: Path, tokenizer: Tokenizer) -> None:
     """A base checkpoint has never seen the chat format's header tokens, and a frozen embedding never learns them."""
-    instruct = (
-        '"<|eot_id|>"' in read_if_there(source / "tokenizer_config.json").replace("'", '"').split("added_tokens")[0]
+    settings = source / "tokenizer_config.json"
+    chat = (source / "chat_template.jinja").exists() or (
+        settings.exists() and "chat_template" in settings.read_text(encoding="utf-8")
     )
-    chat_template = (
-        "chat_template" in read_if_there(source / "tokenizer_config.json") or (source / "chat_template.jinja").exists()
-    )
-    if config.method != "full" and tokenizer.header_token_ids and not (instruct or chat_template):
+    if config.method != "full" and tokenizer.header_token_ids and not chat:
         logger.warning(
             "%s looks like a base checkpoint: the embeddings of the %s format's header tokens are untrained and stay "
             "frozen with method %s; an instruct checkpoint, or model.prompt_format alpaca, avoids that",
             source, tokenizer.prompt_format, config.method)  # fmt: skip
-
-
-def read_if_there(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def build_model(config: Config, source: Path, place: Place) -> Llama:
@@ -565,8 +559,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         folder = train(read_config(options.config, options.set), resume=options.resume)
     except ValueError as error:  # bad input, found by every rank alike
-        sys.exit(f"error: {error}" if rank == 0 else 2)
-    except TrainingError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (TrainingError, OSError) as error:
         sys.exit(f"error (rank {rank}): {error}")
     if rank == 0:
         print(f"wrote {folder}")

@@ -86,7 +86,7 @@ def test_signatures_only_grow(function: object, positional: list[str], defaults:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs").glob("*.json")) + [ROOT / "qlora.json"], ids=lambda file: file.stem
+    "file", [*sorted((ROOT / "configs").glob("*.json")), ROOT / "qlora.json"], ids=lambda file: file.stem
 )
 def test_every_config_parses_and_says_what_it_needs(file: Path) -> None:
     assert read_config(file).comment

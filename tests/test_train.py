@@ -1,0 +1,248 @@
+"""train.py: the loop end to end in one process and on two ranks, resume bit for bit, bad input, schedules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_llama, synthetic_examples, tiny_config
+from safetensors.torch import load_file
+
+from radllama import train as module
+from radllama.checkpoint import load_model, save_model
+from radllama.config import Config, parse_config
+from radllama.lora import load_adapter
+from radllama.tokenizer import Tokenizer
+from radllama.train import TrainingError, learning_rate_at, train
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer_folder: Path) -> Make:
+    """A folder with a tiny model and pairs, and configs over it."""
+    tokenizer = Tokenizer.from_dir(tokenizer_folder)
+    save_model(random_llama(tiny_config(vocab_size=tokenizer.vocab_size)), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    examples = synthetic_examples(40)
+    for name, part in (("train", examples[:32]), ("validation", examples[32:])):
+        rows = [{"id": e.id, "findings": e.findings, "impression": e.impression} for e in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(output: str, method: str = "qlora", stage: int = 1, **training: Any) -> dict[str, Any]:
+        lora = {} if method == "full" else {"lora": {"rank": 4, "alpha": 8, "dropout": training.pop("dropout", 0.0)}}
+        return lora | {
+            "model": {"path": str(tmp_path / "base")},
+            "method": method,
+            "data": {
+                "train": str(tmp_path / "train.jsonl"),
+                "validation": str(tmp_path / "validation.jsonl"),
+                "max_length": 512,
+                "instructions": ["Derive the impression.", "What is the impression?"],
+            },
+            "training": {"output": str(tmp_path / output), "steps": 4, "learning_rate": 1e-2, "dtype": "float32"}
+            | training,
+            "deepspeed": {"zero_optimization": {"stage": stage}},
+        }
+
+    return config
+
+
+def records(folder: Path, *keys: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in keys if key in line} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_a_run_learns_and_leaves_a_complete_folder(make: Make, method: str) -> None:
+    folder = train(parse_config(make("run", method, steps=40)))
+    losses = [record["loss"] for record in records(folder, "loss") if record]
+    assert losses[-1] < 0.8 * losses[0]
+    for name in ("last", "best"):
+        assert (folder / name / "prompt.json").exists()
+        assert Tokenizer.from_dir(folder / name).encode("effusion")
+    for name in ("config.json", "loss.png", "metrics.jsonl", "checkpoints/latest"):
+        assert (folder / name).stat().st_size > 0
+    source = Path(make("run")["model"]["path"])
+    if method == "full":
+        assert load_model(folder / "last", dtype=torch.float32).config == load_model(source).config
+    else:
+        load_adapter(load_model(source, dtype=torch.float32), folder / "last")
+    assert not list(folder.rglob("*.partial"))
+    text = (folder / "metrics.jsonl").read_text() + (folder / "config.json").read_text()
+    assert "effusion" not in text  # no report text in logs
+
+
+class Cut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("method", "stage"), [("qlora", 1), ("full", 2), ("lora", 3)])
+def test_resume_is_bit_exact(make: Make, monkeypatch: pytest.MonkeyPatch, method: str, stage: int) -> None:
+    options: dict[str, Any] = {"steps": 7, "save_every": 3, "validate_every": 2}
+    if method != "full":
+        options["dropout"] = 0.2
+    whole = train(parse_config(make("whole", method, stage, **options)))
+    cut = parse_config(make("cut", method, stage, **options))
+
+    def bomb(step: int, total: int, config: Config) -> float:
+        if step == 5:
+            raise Cut
+        return learning_rate_at(step, total, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "learning_rate_at", bomb)
+        with pytest.raises(Cut):
+            train(cut)
+    folder = train(cut, resume=True)
+    keys = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm")
+    assert records(folder, *keys) == records(whole, *keys)
+    for name in ("last", "best"):
+        expected, found = weights(whole / name), weights(folder / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+RANKS = """
+import json, sys
+import deepspeed, deepspeed.comm as dist
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+from radllama.config import parse_config
+from radllama.train import train
+for raw in json.load(open(sys.argv[-1])):
+    train(parse_config(raw))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_and_accumulation_equal_one(make: Make, tmp_path: Path) -> None:
+    """The same steps on one rank and two, in one pack and several, at ZeRO 0 to 3."""
+    alone = {method: train(parse_config(make(f"alone-{method}", method))) for method in ("qlora", "full")}
+    accumulated = train(parse_config(make("accumulated", "qlora", accumulation=4)))
+    jobs = [make(f"two-{method}-{stage}", method, stage, accumulation=1 + stage % 2)
+            for method in alone for stage in (0, 1, 2, 3)]  # fmt: skip
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = Path(sys.executable).with_name("deepspeed")
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(module.free_port()), str(tmp_path / "ranks.py")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "jobs.json")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for job in jobs:
+        one, two = alone[job["method"]], Path(job["training"]["output"])
+        compare(one, two)
+    compare(alone["qlora"], accumulated)
+
+
+def compare(one: Path, other: Path) -> None:
+    for a, b in zip(records(one, "loss", "validation_loss"), records(other, "loss", "validation_loss"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    expected, found = weights(one / "last"), weights(other / "last")
+    for key in expected:
+        assert float((expected[key] - found[key]).norm() / expected[key].norm()) < 1e-2
+
+
+def test_a_nan_loss_stops_before_the_step_and_names_reports(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(make("nan", save_every=2))
+    forward = module.Run.forward
+
+    def poisoned(run: module.Run, batch: Any) -> Any:
+        losses = forward(run, batch)
+        # the learning rate of step 4 is under way once the checkpoint of step 2 is there
+        if (run.folder / "checkpoints/latest").exists() and run.engine.module.training:
+            losses = losses * torch.where(batch.owners == 0, float("nan"), 1.0)
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "forward", poisoned)
+        with pytest.raises(TrainingError, match=r"step 3: the loss is nan; reports on this rank: r\d+\."):
+            train(config)
+    folder = Path(config.training.output)
+    assert (folder / "checkpoints/latest").read_text() == "step_00000002"
+    assert len(records(train(config, resume=True), "loss")) == 5
+
+
+def test_run_folders_are_protected(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        train(parse_config(make("run")), resume=True)
+    train(parse_config(make("run", steps=1)))
+    with pytest.raises(ValueError, match="continue it with --resume"):
+        train(parse_config(make("run", steps=1)))
+    with pytest.raises(ValueError, match=r"another config \(training\.steps\)"):
+        train(parse_config(make("run", steps=2)))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="not a run folder"):
+        train(parse_config(make("mine")))
+    (tmp_path / "run/checkpoints/latest").unlink()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        train(parse_config(make("run", steps=1)), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"device": "cuda"}}, "no CUDA GPU"),
+        ({"training": {"batch_size": 2, "accumulation": 4}}, "cannot fill"),
+        ({"data": {"max_length": 8}}, "data.max_length"),
+        ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"model": {"path": "./nowhere"}}, "nowhere"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(make: Make, changes: dict[str, Any], message: str) -> None:
+    raw = make("bad")
+    for section, values in changes.items():
+        raw[section] |= values
+    with pytest.raises(ValueError, match=message):
+        train(parse_config(raw))
+    assert not Path(raw["training"]["output"]).exists()
+
+
+def test_the_command_line_says_what_is_wrong(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(make("run")))
+    with pytest.raises(SystemExit) as caught:
+        module.main(["--config", str(tmp_path / "c.json"), "--set", "training.stpes=3"])
+    assert caught.value.code == 2
+    assert "training.stpes: unknown key" in capsys.readouterr().err
+
+
+def test_learning_rate_schedules() -> None:
+    def curve(schedule: str) -> list[float]:
+        raw = {"model": {"path": "m"}, "method": "lora", "data": {"train": "t"}}
+        training = {"output": "o", "steps": 10, "learning_rate": 1.0, "min_learning_rate": 0.1, "warmup": 0.2}
+        config = parse_config(raw | {"training": training | {"schedule": schedule}})
+        return [round(learning_rate_at(step, 10, config), 6) for step in range(10)]
+
+    assert curve("constant") == [0.333333, 0.666667, *[1.0] * 8]
+    assert curve("linear")[2:] == [round(0.1 + 0.9 * (8 - i) / 8, 6) for i in range(8)]
+    cosine = curve("cosine")
+    assert cosine[2] == 1.0
+    assert cosine[6] == pytest.approx(0.55)
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_bitsandbytes_optimizers(make: Make, optimizer: str) -> None:
+    folder = train(parse_config(make("run", "lora", steps=6, optimizer=optimizer)))
+    losses = [record["loss"] for record in records(folder, "loss") if record]
+    assert losses[-1] < losses[0]
+
+
+def test_gradient_checkpointing_changes_nothing(make: Make) -> None:
+    on, off = (train(parse_config(make(choice, gradient_checkpointing=choice))) for choice in ("on", "off"))
+    assert records(on, "loss", "gradient_norm") == records(off, "loss", "gradient_norm")

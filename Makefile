@@ -40,7 +40,8 @@ demo: .venv/ready
 	  --output runs/demo/base.jsonl --name base --max-new-tokens 96
 	python -m radllama.generate --model assets/tiny-llama3 --quantize nf4 --adapter runs/demo/best \
 	  --input assets/reports/test.jsonl --output runs/demo/tuned.jsonl --name tuned --max-new-tokens 160
-	python -m radllama.eval runs/demo/tuned.jsonl runs/demo/base.jsonl --train assets/reports/train.jsonl --out runs/demo/eval
+	python -m radllama.eval runs/demo/tuned.jsonl runs/demo/base.jsonl --brief \
+	  --train assets/reports/train.jsonl --out runs/demo/eval
 	@echo; echo "Written: runs/demo/best (the adapter), runs/demo/loss.png (the loss curve), runs/demo/metrics.jsonl,"
 	@echo "runs/demo/tuned.jsonl and base.jsonl (the impressions), runs/demo/eval (the scores)."
 

@@ -625,8 +625,8 @@ def _table(corner: str, names: list[str], columns: list[tuple[str, list[list[str
     return lines
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """What `evaluate` returned, as text for a terminal of 80 columns."""
+def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
+    """What `evaluate` returned, as text for a terminal of 80 columns; `brief`: the headline table alone."""
     systems, metrics, names = report["systems"], report["metrics"], list(report["systems"])
     unit = f"{report['clusters']:,} patients" if report["clustered_by"] else "cases (no patient ids)"
     lines = [f"{report['cases']:,} cases; mean, 95 % interval from {report['resamples']:,} resamples of {unit}", ""]
@@ -635,6 +635,8 @@ def format_report(report: dict[str, Any]) -> str:
         names,
         [(metric, [_cell(systems[name]["metrics"][metric], "mean") for name in names]) for metric in metrics],
     )
+    if brief:
+        return "\n".join(lines).rstrip()
     lines += _table(
         "answers that are",
         names,
@@ -687,17 +689,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--bertscore-layers", type=int, metavar="N", help="the model's layer (default: bert-score's choice)")
     add("--batch-size", type=int, default=64, metavar="N", help="for BERTScore (default: 64)")
     add("--device", help="for BERTScore: cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--brief", action="store_true", help="print the headline table alone")
     add("--resamples", type=int, default=10_000, metavar="N", help="in bootstrap and test (default: 10000)")
     add("--seed", type=int, default=0, metavar="S", help="of all random draws (default: 0)")
     args = parser.parse_args(argv)
+    options = vars(args)
+    brief = options.pop("brief")
     try:
-        report = evaluate(**vars(args))
+        report = evaluate(**options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for problem in report["problems"]:
         print(f"warning: {problem}", file=sys.stderr)
-    print(f"{format_report(report)}\n\nwrote {args.out / 'metrics.json'} and {args.out / 'per_case.jsonl'}")
+    print(format_report(report, brief=brief))
+    print(f"\nwrote {args.out / 'metrics.json'} and {args.out / 'per_case.jsonl'}")
     return 0
 
 

@@ -487,6 +487,10 @@ def test_the_table_fits_eighty_columns(tmp_path: Path) -> None:
     for length in (23, 24, 30):
         table = ev._table("system", ["x" * length], [("rouge1", [["[-1.23,-1.00]"]])] * 5)
         assert {len(line) for line in table} == {80, 24 + 14, 0}
+    brief = ev.format_report(report, brief=True)
+    assert text.startswith(brief)
+    assert "answers that are" not in brief
+    assert "answers that are" in text
     assert "column/1" in text
     assert "column/2" in text
     assert "[-1.23,-1.00]" in text

@@ -248,41 +248,48 @@ def write_model(
     side_files: a model folder whose tokenizer and other small files go along.
     """
     with atomic_folder(path) as folder:
-        weight_map: dict[str, int] = {}
-        shard: dict[str, Tensor] = {}
-        shards, size, total, dtype, quant = 0, 0, 0, "float32", None
-
-        def flush() -> None:
-            nonlocal shards, size
-            shards += 1
-            write_tensors(shard, folder / _shard_name(shards, 0))
-            shard.clear()
-            size = 0
-
-        for name, tensor in tensors:
-            bytes_ = tensor.numel() * tensor.element_size()
-            if shard and size + bytes_ > max_shard_bytes:
-                flush()
-            shard[name] = tensor.cpu().contiguous()
-            weight_map[name] = shards + 1
-            size, total = size + bytes_, total + bytes_
-            if name.endswith("embed_tokens.weight"):
-                dtype = str(tensor.dtype).removeprefix("torch.")
-            if STATE_KEY in name:
-                nested = f"{name.split(STATE_KEY)[0]}nested_absmax" in weight_map
-                quant = _quantization_config(name.split(STATE_KEY)[1], nested, dtype)
-        flush()
-        if shards == 1:
-            (folder / _shard_name(1, 0)).rename(folder / SINGLE_FILE)
-        else:
-            for number in range(1, shards + 1):
-                (folder / _shard_name(number, 0)).rename(folder / _shard_name(number, shards))
-            placed = {name: _shard_name(number, shards) for name, number in weight_map.items()}
-            _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
-        extra = {"quantization_config": quant} if quant else {}
-        _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype} | extra)
+        write_model_into(folder, tensors, config, max_shard_bytes=max_shard_bytes)
         if side_files is not None:
             copy_side_files(side_files, folder)
+
+
+def write_model_into(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, *, max_shard_bytes: int = 5 * 2**30
+) -> None:
+    """`write_model` into a folder that is there and empty of weights; not atomic by itself."""
+    weight_map: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    shards, size, total, dtype, quant = 0, 0, 0, "float32", None
+
+    def flush() -> None:
+        nonlocal shards, size
+        shards += 1
+        write_tensors(shard, folder / _shard_name(shards, 0))
+        shard.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > max_shard_bytes:
+            flush()
+        shard[name] = tensor.cpu().contiguous()
+        weight_map[name] = shards + 1
+        size, total = size + bytes_, total + bytes_
+        if name.endswith("embed_tokens.weight"):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+        if STATE_KEY in name:
+            nested = f"{name.split(STATE_KEY)[0]}nested_absmax" in weight_map
+            quant = _quantization_config(name.split(STATE_KEY)[1], nested, dtype)
+    flush()
+    if shards == 1:
+        (folder / _shard_name(1, 0)).rename(folder / SINGLE_FILE)
+    else:
+        for number in range(1, shards + 1):
+            (folder / _shard_name(number, 0)).rename(folder / _shard_name(number, shards))
+        placed = {name: _shard_name(number, shards) for name, number in weight_map.items()}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
+    extra = {"quantization_config": quant} if quant else {}
+    _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype} | extra)
 
 
 def _shard_name(number: int, shards: int) -> str:

@@ -36,7 +36,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from radllama.checkpoint import atomic_folder, find_model, load_model, write_model
+from radllama.checkpoint import atomic_folder, find_model, load_model, write_model_into
 from radllama.config import Config, read_config
 from radllama.data import (
     INSTRUCTIONS,
@@ -237,7 +237,7 @@ class Run:
             batch.ids[int(batch.owners[i])] for batch, v in losses for i in (~v.isfinite()).nonzero().flatten().tolist()
         }
         blame = f"; reports on this rank: {', '.join(sorted(bad))}" if bad else ""
-        raise TrainingError(f"{what}{blame}. No weights were saved; the last checkpoint is good, --resume starts there")
+        raise TrainingError(f"{what}{blame}. Nothing was saved at this step; --resume starts from the last checkpoint")
 
     def save_weights(self, name: str) -> None:
         """Write last/ or best/: an adapter or a full model, the tokenizer, and how the model was asked."""
@@ -249,10 +249,7 @@ class Run:
                     pass
                 return
             with atomic_folder(self.folder / name) as folder:
-                write_model(tensors, model.config, folder / "model")
-                for file in (folder / "model").iterdir():
-                    file.rename(folder / file.name)
-                (folder / "model").rmdir()
+                write_model_into(folder, tensors, model.config)
                 self.save_prompt(folder)
             return
         with gather(lora_parameters(model)):

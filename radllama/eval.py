@@ -19,47 +19,22 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
-from itertools import chain, combinations, pairwise, product
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]  # what rouge_score stems with
 from numpy.typing import NDArray
-from rouge_score.scoring import fmeasure
-from rouge_score.tokenize import tokenize
 from tqdm import tqdm
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from radllama.metrics import NORMAL_RULE, bertscore, is_normal, rouge, rouge_signature
+from radllama.stats import Floats, Ints, compare_systems, summarise
+
 Rows = dict[str, dict[str, Any]]  # the rows of one file by id, in the file's order
 
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 DERIVED = ("bert_rescaled",)  # another column on another scale: shown, but not tested a second time
 BASELINES = ("constant", "findings copied", "nearest neighbour")
-
-# A sentence ends at a line break, at a semicolon, or after . ! ? and a space, though not after a bare number,
-# which opens a list item ("1. Clear lungs."). An item written "2)" or "(2)" starts a sentence too.
-_BREAK = re.compile(r"\s*\n\s*|(?<=;)\s+|(?<=[.!?])(?<!\b\d\.)(?<!\b\d\d\.)\s+|\s+(?=\(?\d{1,2}\)\s)")
-_NORMAL = re.compile(
-    r"[\W\d]*(?:no|normal|negative|unremarkable|clear|without)\b"
-    r"|.*\b(?:normal|negative|unremarkable|clear|within normal limits)\W*$",
-    re.I | re.S,
-)
-_NOT_NORMAL = re.compile(
-    r"\b(?:but|however|although|except|other than|aside|apart|with(?! no\b)|likely|possibl[ey]|probabl[ey]"
-    r"|recommend\w*|(?:un)?chang\w+|stable|interval|persist\w*|residual|chronic|again|increas\w*|decreas\w*"
-    r"|improv\w*|worse\w*|mild\w*|moderate\w*|severe\w*|small|large|status post|post\w*op\w*)\b",
-    re.I,
-)
-NORMAL_RULE = (
-    "each sentence of the reference opens with no, normal, negative, unremarkable, clear or without, or "
-    "ends on such a word, and none names a change, degree, doubt or exception (rule 1)"
-)
-_STEMMER = SimpleNamespace(stem=lru_cache(maxsize=None)(PorterStemmer().stem))  # slow, and words recur
 
 
 @dataclass(frozen=True)
@@ -191,144 +166,6 @@ def load(paths: Sequence[Path], names: Sequence[str] | None = None) -> tuple[Cas
     ]
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences and list items of an impression, as ROUGE-Lsum and `is_normal` see them."""
-    return [part for part in _BREAK.split(text) if re.search(r"\w", part)]
-
-
-def is_normal(reference: str) -> bool:
-    """Whether an impression reports nothing abnormal, by NORMAL_RULE: words only, good for a rough stratum."""
-    return all(_NORMAL.match(part) and not _NOT_NORMAL.search(part) for part in sentences(reference))
-
-
-def rouge_signature() -> str:
-    """Everything the ROUGE numbers depend on, in one line to stand beside them."""
-    return (
-        f"rouge-score={metadata.version('rouge-score')}|F1|stemmer=porter,nltk={metadata.version('nltk')}"
-        "|tokenizer=default(lower,a-z0-9)|Lsum-split=newline,semicolon,sentence,list-item(rule 1)"
-    )
-
-
-def _common(places: dict[str, int], reference: list[str], other: list[str]) -> set[int]:
-    """Indices into `reference` of a longest common subsequence: the very one that rouge_score backtracks to. `places`
-    has for each token of `reference` a bit mask of its indices. The table t of common lengths is kept bit-parallel
-    (Hyyro 2004), an integer a column: bit i of column j is 0 where t[i+1][j+1] = t[i][j+1] + 1."""
-    full = column = (1 << len(reference)) - 1
-    columns = []
-    for token in other:
-        hit = column & places.get(token, 0)
-        column = ((column + hit) | (column - hit)) & full
-        columns.append(column)
-    chosen, i, j = set(), len(reference), len(other)
-    while i and j:
-        if reference[i - 1] == other[j - 1]:
-            i, j = i - 1, j - 1
-            chosen.add(i)
-        elif columns[j - 1] >> (i - 1) & 1:
-            i -= 1
-        else:  # t[i][j] > t[i-1][j]: without a match, rouge_score's condition t[i][j-1] > t[i-1][j]
-            j -= 1
-    return chosen
-
-
-def _lcs_hits(reference: list[list[str]], prediction: list[list[str]]) -> int:
-    """Hits of ROUGE-Lsum: the union over predicted sentences of the common subsequences, no token counted twice.
-    With one sentence on either side these are the hits of ROUGE-L."""
-    found: Counter[str] = Counter()
-    for sentence in reference:
-        places: dict[str, int] = {}
-        for i, token in enumerate(sentence):
-            places[token] = places.get(token, 0) | 1 << i
-        union = set().union(*(_common(places, sentence, part) for part in prediction))
-        found.update(sentence[i] for i in union)
-    there = Counter(chain(*prediction))
-    return sum(min(count, there[token]) for token, count in found.items())
-
-
-def _rouge_case(ref_parts: list[list[str]], pred_parts: list[list[str]]) -> tuple[float, ...]:
-    ref, pred = list(chain(*ref_parts)), list(chain(*pred_parts))
-    m, n = len(ref), len(pred)
-
-    def f1(hits: int, less: int = 0) -> float:
-        return float(fmeasure(hits / max(n - less, 1), hits / max(m - less, 1)))
-
-    unigrams = Counter(ref) & Counter(pred)
-    bigrams = Counter(pairwise(ref)) & Counter(pairwise(pred))
-    longest = _lcs_hits([ref], [pred])
-    several = len(ref_parts) > 1 or len(pred_parts) > 1
-    return (
-        f1(unigrams.total()),
-        f1(bigrams.total(), 1),
-        f1(longest),
-        f1(_lcs_hits(ref_parts, pred_parts) if several else longest),
-    )
-
-
-def rouge(references: list[str], predictions: list[str]) -> dict[str, list[float]]:
-    """F1 of ROUGE-1, -2, -L, -Lsum for each case: what google's rouge_score with stemmer gives, to the last bit. Tokens
-    and F1 are its own code; its O(mn) tables in Python became bit-parallel. An empty text scores 0."""
-
-    @lru_cache(maxsize=50_000)
-    def parts(text: str) -> list[list[str]]:
-        return [tokenize(sentence, _STEMMER) for sentence in sentences(text)]
-
-    pairs = list(zip(references, predictions, strict=True))
-    distinct = tqdm(dict.fromkeys(pairs), "ROUGE", disable=None, leave=False)
-    known = {(ref, pred): _rouge_case(parts(ref), parts(pred)) for ref, pred in distinct}
-    return {name: [known[pair][k] for pair in pairs] for k, name in enumerate(ROUGE)}
-
-
-def bertscore(
-    references: list[str],
-    predictions: list[str],
-    *,
-    model: str = "roberta-large",
-    num_layers: int | None = None,
-    batch_size: int = 64,
-    device: str | None = None,
-    rescale: bool = False,
-) -> dict[str, Any]:
-    """BERTScore F1 of each case by the bert-score package (English, no idf); an empty text scores 0 without it.
-
-    `model` is a name or a local folder; a folder named like a model that bert-score knows (".../roberta-large") takes
-    that model's layer and baseline. Returns `f1` and bert-score's `hash`, and `f1_rescaled` and `hash_rescaled`: None
-    without `rescale` or where bert-score has no baseline. A missing model raises what transformers raises (OSError).
-    Where cosines are negative (small models) bert-score's figures depend a little on the batch: padding counts as 0.
-    """
-    import bert_score  # here, for it brings torch and takes seconds
-    from bert_score.utils import get_hash, model2layers
-
-    known = Path(model).name if Path(model).is_dir() else model
-    layers = model2layers.get(known) if num_layers is None else num_layers
-    if layers is None:
-        raise ValueError("bert-score knows no best layer for this model; choose one (num_layers)")
-    scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, device=device, lang="en")
-    if scorer._tokenizer.model_max_length > 1_000_000:  # "no limit" overflows it (bert_score issue 205)
-        scorer._tokenizer.model_max_length = scorer._model.config.max_position_embeddings - 2
-
-    pairs = list(zip(references, predictions, strict=True))
-    # Long ones first for little padding; equal references side by side, to be encoded once for all systems.
-    todo = sorted({pair for pair in pairs if all(map(str.strip, pair))}, key=lambda pair: (-len(pair[0]), pair))
-    scores: dict[tuple[str, str], float] = {}
-    chunk = 32 * batch_size  # bert-score holds the token vectors of a whole call in memory
-    for start in tqdm(range(0, len(todo), chunk), "BERTScore", disable=None, leave=False):
-        part = todo[start : start + chunk]
-        f1 = scorer.score([pred for _, pred in part], [ref for ref, _ in part], batch_size=batch_size)[2]
-        scores.update(zip(part, np.nan_to_num(f1.numpy()).tolist(), strict=True))
-    result: dict[str, Any] = {
-        "f1": [scores.get(pair, 0.0) for pair in pairs],
-        "hash": scorer.hash,
-        "f1_rescaled": None,
-        "hash_rescaled": None,
-    }
-    table = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{known}.tsv"
-    if rescale and table.is_file():
-        base = float(table.read_text().splitlines()[1 + layers].split(",")[3])  # LAYER,P,R,F
-        result["f1_rescaled"] = [(scores.get(pair, base) - base) / (1 - base) for pair in pairs]
-        result["hash_rescaled"] = get_hash(model, layers, False, True, False, scorer.use_fast_tokenizer)
-    return result
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
@@ -389,97 +226,6 @@ def baselines(cases: Cases, train: Path, seed: int = 0) -> list[System]:
     return [
         System(name, f"baseline from {train}", answer, [None] * len(answer))
         for name, answer in zip(BASELINES, answers, strict=True)
-    ]
-
-
-def _by_cluster(values: Floats, clusters: Ints) -> tuple[Floats, Floats]:
-    """Sums (C, K) and sizes (C,) of the C clusters that occur."""
-    present, inverse = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((len(present), values.shape[1]))
-    np.add.at(sums, inverse, values)
-    return sums, np.bincount(inverse).astype(np.float64)
-
-
-def _chunks(total: int, width: int, name: str) -> Iterable[int]:
-    size = max(1, 8_000_000 // width)  # 64 MB of float64 at a time
-    yield from tqdm([min(size, total - done) for done in range(0, total, size)], name, disable=None, leave=False)
-
-
-def bootstrap_means(values: Floats, clusters: Ints, resamples: int = 10_000, seed: int = 0) -> Floats:
-    """Means (resamples, K) of the columns of `values` (n, K) when whole clusters are drawn with replacement. All
-    columns see the same draws, so the difference of two is a paired one."""
-    sums, sizes = _by_cluster(values, clusters)
-    total, rng, means = len(sizes), np.random.default_rng([seed, 0]), []
-    for size in _chunks(resamples, total, "bootstrap"):
-        drawn = rng.integers(total, size=(size, total)) + np.arange(size)[:, None] * total
-        counts = np.bincount(drawn.ravel(), minlength=size * total).reshape(size, total).astype(np.float64)
-        means.append((counts @ sums) / (counts @ sizes)[:, None])
-    return np.concatenate(means)
-
-
-def randomisation_p(differences: Floats, clusters: Ints, resamples: int = 10_000, seed: int = 0) -> Floats:
-    """Two-sided p (K,) that paired `differences` (n, K) have mean 0, by approximate randomisation (Noreen 1989): each
-    resample swaps the two systems' answers in a random half of the clusters. p = (count + 1) / (resamples + 1), where
-    the count is of resamples at least as far from 0 as the data; so p is never 0."""
-    sums, _ = _by_cluster(differences, clusters)
-    total, rng, count = sums.sum(0), np.random.default_rng([seed, 1]), np.zeros(sums.shape[1])
-    reach = np.abs(total) - 1e-9 * np.abs(sums).sum(0)  # a tie stays a tie whatever the rounding
-    for size in _chunks(resamples, len(sums), "randomisation"):
-        bits = np.frombuffer(rng.bytes(size * (len(sums) // 8 + 1)), np.uint8).reshape(size, -1)
-        swapped = np.unpackbits(bits, axis=1)[:, : len(sums)].astype(np.float64)
-        count += (np.abs(total - 2 * (swapped @ sums)) >= reach).sum(0)
-    return np.asarray((count + 1) / (resamples + 1))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p: each may be compared with the level itself, the family-wise error is kept."""
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, k in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
-        adjusted[k] = highest = max(highest, min(1.0, (len(p) - rank) * p[k]))
-    return adjusted
-
-
-def _interval(draws: Floats, clusters: Ints) -> dict[str, float | None]:
-    """The 95 % percentile interval of one column of draws; one cluster alone says nothing about spread."""
-    low, high = (None, None) if (clusters == clusters[0]).all() else np.percentile(draws, (2.5, 97.5)).tolist()
-    return {"low": low, "high": high}
-
-
-def _summary(
-    scores: Floats, metrics: list[str], clusters: Ints, resamples: int, seed: int
-) -> tuple[list[dict[str, Any]], Floats]:
-    """For each of S systems mean and interval of each metric, and the draws. `scores` (n, S, M)."""
-    shape = (resamples, *scores.shape[1:])
-    draws = bootstrap_means(scores.reshape(len(scores), -1), clusters, resamples, seed).reshape(shape)
-    return [
-        {
-            metric: {"mean": float(scores[:, s, m].mean()), **_interval(draws[:, s, m], clusters)}
-            for m, metric in enumerate(metrics)
-        }
-        for s in range(scores.shape[1])
-    ], draws
-
-
-def _compare(
-    scores: Floats, names: list[str], metrics: list[str], clusters: Ints, draws: Floats, seed: int
-) -> list[dict[str, Any]]:
-    """A row for each pair and metric: a - b, its paired interval, p, and p after Holm over the pair's metrics."""
-    tested = [m for m, metric in enumerate(metrics) if metric not in DERIVED]
-    keys = [(a, b, m) for (a, b), m in product(combinations(range(len(names)), 2), tested)]
-    differences = np.stack([scores[:, a, m] - scores[:, b, m] for a, b, m in keys], axis=1)
-    p = randomisation_p(differences, clusters, len(draws), seed).tolist()
-    adjusted = [q for k in range(0, len(p), len(tested)) for q in holm(p[k : k + len(tested)])]
-    return [
-        {
-            "a": names[a],
-            "b": names[b],
-            "metric": metrics[m],
-            "difference": float(differences[:, k].mean()),
-            **_interval(draws[:, a, m] - draws[:, b, m], clusters),
-            "p": p[k],
-            "p_holm": adjusted[k],
-        }
-        for k, (a, b, m) in enumerate(keys)
     ]
 
 
@@ -575,10 +321,11 @@ def evaluate(
         cases, systems, report, bertscore_model, num_layers=bertscore_layers, batch_size=batch_size, device=device
     )
     metrics = list(columns)
+    tested = [metric for metric in metrics if metric not in DERIVED]
     scores = np.stack([column.T for column in columns.values()], axis=2)  # (n, systems, metrics)
-    overall, draws = _summary(scores, metrics, cases.clusters, resamples, seed)
+    overall, draws = summarise(scores, metrics, cases.clusters, resamples, seed)
     strata = {
-        name: _summary(scores[mask], metrics, cases.clusters[mask], resamples, seed)[0]
+        name: summarise(scores[mask], metrics, cases.clusters[mask], resamples, seed)[0]
         for name, mask in cases.strata.items()
     }
     report |= {"metrics": metrics, "strata": {name: int(mask.sum()) for name, mask in cases.strata.items()}}
@@ -593,7 +340,9 @@ def evaluate(
         }
         for s, system in enumerate(systems)
     }
-    report["comparisons"] = _compare(scores, labels, metrics, cases.clusters, draws, seed) if len(systems) > 1 else []
+    report["comparisons"] = (
+        compare_systems(scores, labels, metrics, tested, cases.clusters, draws, seed) if len(systems) > 1 else []
+    )
     if out is not None:
         _write(Path(out) / "per_case.jsonl", _per_case(cases, systems, columns))
         _write(Path(out) / "metrics.json", [report], indent=2)

@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config"},
     "train": {"config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
     "generate": {"tokenizer", "data", "model", "quant", "lora", "checkpoint"},
-    "eval": set(),
+    "metrics": set(),
+    "stats": set(),
+    "eval": {"metrics", "stats"},
 }
 FORBIDDEN = {"transformers", "peft", "trl", "tiktoken"}
 

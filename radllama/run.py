@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
 from radllama.config import Config
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, read-only folder) into a TrainingError that says so.
+
+    torch and safetensors report a full disk each in their own way, torch as "unexpected pos".
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(what.parent).free / 2**30 if what.parent.exists() else 0.0
+        raise TrainingError(
+            f"{what} cannot be written ({str(error).strip()}); its disk has {free:.1f} GB free. "
+            "What was saved before is kept; make room and start again with --resume"
+        ) from error
 
 
 def claim_run_folder(config: Config, resume: bool) -> Path:

@@ -51,16 +51,22 @@ from radllama.data import (
 )
 from radllama.lora import add_lora, lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
-from radllama.run import MetricsLog, PeakMemory, claim_run_folder, draw_losses, replace_text, show, write_config
+from radllama.run import (
+    MetricsLog,
+    PeakMemory,
+    TrainingError,
+    claim_run_folder,
+    draw_losses,
+    replace_text,
+    show,
+    write_config,
+    writing,
+)
 from radllama.tokenizer import Tokenizer
 
 logger = logging.getLogger("radllama")
 
 KEEP_CHECKPOINTS = 2
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
@@ -248,13 +254,13 @@ class Run:
                 for _ in tensors:  # ZeRO-3: every rank takes part in gathering
                     pass
                 return
-            with atomic_folder(self.folder / name) as folder:
+            with writing(self.folder / name), atomic_folder(self.folder / name) as folder:
                 write_model_into(folder, tensors, model.config)
                 self.save_prompt(folder)
             return
         with gather(lora_parameters(model)):
             if self.place.rank == 0:
-                with atomic_folder(self.folder / name) as folder:
+                with writing(self.folder / name), atomic_folder(self.folder / name) as folder:
                     save_adapter(model, folder, base_model=self.config.model.path)
                     self.save_prompt(folder)
 
@@ -267,9 +273,14 @@ class Run:
         folder = self.folder / "checkpoints"
         tag, partial = f"step_{step:08d}", f"step_{step:08d}.partial"
         state = {"step": step, "best": self.best}
-        self.engine.save_checkpoint(
-            str(folder), tag=partial, client_state=state, save_latest=False, exclude_frozen_parameters=True
-        )
+        try:
+            with writing(folder / tag):
+                self.engine.save_checkpoint(
+                    str(folder), tag=partial, client_state=state, save_latest=False, exclude_frozen_parameters=True
+                )
+        except TrainingError:
+            shutil.rmtree(folder / partial, ignore_errors=True)
+            raise
         dist.barrier()
         if self.place.rank == 0:
             shutil.rmtree(folder / tag, ignore_errors=True)

@@ -243,6 +243,74 @@ def test_bitsandbytes_optimizers(make: Make, optimizer: str) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_fp16_scales_its_loss_and_follows_fp32(make: Make) -> None:
+    half = train(parse_config(make("half", dtype="float16")))
+    single = train(parse_config(make("single")))
+    for a, b in zip(records(half, "loss"), records(single, "loss"), strict=True):
+        assert a == pytest.approx(b, rel=5e-3)
+
+
+OFFLOADED = [
+    ("full", {"stage": 1, "offload_optimizer": {"device": "cpu"}}),
+    ("qlora", {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+]
+
+
+@pytest.mark.parametrize(("method", "zero"), OFFLOADED, ids=["optimizer", "parameters"])
+def test_offload_to_cpu_memory_changes_nothing(make: Make, method: str, zero: dict[str, Any]) -> None:
+    raw = make("offloaded", method)
+    raw["deepspeed"]["zero_optimization"] = zero
+    compare(train(parse_config(make("plain", method))), train(parse_config(raw)))
+
+
+@pytest.mark.system  # libaio
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_offload_to_disk_changes_nothing(make: Make, tmp_path: Path, method: str) -> None:
+    raw = make("offloaded", method)
+    disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
+    raw["deepspeed"]["zero_optimization"] = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
+    compare(train(parse_config(make("plain", method))), train(parse_config(raw)))
+
+
+def test_deepspeeds_monitors_get_the_losses(make: Make, tmp_path: Path) -> None:
+    raw = make("run")
+    raw["deepspeed"]["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}
+    folder = train(parse_config(raw))
+    lines = (tmp_path / "csv/job/Train_loss.csv").read_text().splitlines()[1:]
+    assert [float(line.split(",")[1]) for line in lines] == [r["loss"] for r in records(folder, "loss") if r]
+    assert (tmp_path / "csv/job/Validation_loss.csv").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from radllama import train
+save, seen = train.Run.save_checkpoint, []
+def limited(run, step):
+    if step == 4:  # from here on no file may grow beyond this
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, -1))
+    save(run, step)
+train.Run.save_checkpoint = limited
+train.main(["--config", sys.argv[1], *sys.argv[2:]])
+"""
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(make: Make, tmp_path: Path) -> None:
+    raw = make("run", steps=6, save_every=2)
+    (tmp_path / "c.json").write_text(json.dumps(raw))
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "c.json")]
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # left by runs in this process
+    environment = {key: value for key, value in os.environ.items() if key not in launchers}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 1
+    assert "checkpoints/step_00000004 cannot be written" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = Path(raw["training"]["output"])
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_00000002"]
+    resumed = train(parse_config(raw), resume=True)
+    assert len(records(resumed, "loss")) == 7
+
+
 def test_gradient_checkpointing_changes_nothing(make: Make) -> None:
     on, off = (train(parse_config(make(choice, gradient_checkpointing=choice))) for choice in ("on", "off"))
     assert records(on, "loss", "gradient_norm") == records(off, "loss", "gradient_norm")

@@ -321,11 +321,10 @@ def evaluate(
         cases, systems, report, bertscore_model, num_layers=bertscore_layers, batch_size=batch_size, device=device
     )
     metrics = list(columns)
-    tested = [metric for metric in metrics if metric not in DERIVED]
     scores = np.stack([column.T for column in columns.values()], axis=2)  # (n, systems, metrics)
-    overall, draws = summarise(scores, metrics, cases.clusters, resamples, seed)
+    overall = summarise(scores, metrics, cases.clusters, resamples, seed)
     strata = {
-        name: summarise(scores[mask], metrics, cases.clusters[mask], resamples, seed)[0]
+        name: summarise(scores[mask], metrics, cases.clusters[mask], resamples, seed)
         for name, mask in cases.strata.items()
     }
     report |= {"metrics": metrics, "strata": {name: int(mask.sum()) for name, mask in cases.strata.items()}}
@@ -340,8 +339,10 @@ def evaluate(
         }
         for s, system in enumerate(systems)
     }
+    tested = [metric for metric in metrics if metric not in DERIVED]
+    columns_tested = scores[:, :, [metrics.index(metric) for metric in tested]]
     report["comparisons"] = (
-        compare_systems(scores, labels, metrics, tested, cases.clusters, draws, seed) if len(systems) > 1 else []
+        compare_systems(columns_tested, labels, tested, cases.clusters, resamples, seed) if len(systems) > 1 else []
     )
     if out is not None:
         _write(Path(out) / "per_case.jsonl", _per_case(cases, systems, columns))

@@ -1,7 +1,8 @@
 """Intervals and paired tests over scores that are already there, one number for each case and metric.
 
 Resampling draws whole clusters (patients), and works on sums by cluster: 10,000 resamples of thousands of cases take
-seconds.
+seconds. NaN stands where a metric does not apply to a case; such cases are left out of that metric's mean, and out of
+a comparison where either system has none.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ Ints = NDArray[np.int64]
 
 
 def _by_cluster(values: Floats, clusters: Ints) -> tuple[Floats, Floats]:
-    """Sums (C, K) and sizes (C,) of the C clusters that occur."""
+    """Sums and numbers of the values that are not NaN, (C, K) each, in the C clusters that occur."""
     present, inverse = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((len(present), values.shape[1]))
-    np.add.at(sums, inverse, values)
-    return sums, np.bincount(inverse).astype(np.float64)
+    sums, sizes = np.zeros((2, len(present), values.shape[1]))
+    known = ~np.isnan(values)
+    np.add.at(sums, inverse, np.where(known, values, 0.0))
+    np.add.at(sizes, inverse, known)
+    return sums, sizes
 
 
 def _chunks(total: int, width: int, name: str) -> Iterable[int]:
@@ -39,7 +42,8 @@ def bootstrap_means(values: Floats, clusters: Ints, resamples: int = 10_000, see
     for size in _chunks(resamples, total, "bootstrap"):
         drawn = rng.integers(total, size=(size, total)) + np.arange(size)[:, None] * total
         counts = np.bincount(drawn.ravel(), minlength=size * total).reshape(size, total).astype(np.float64)
-        means.append((counts @ sums) / (counts @ sizes)[:, None])
+        with np.errstate(invalid="ignore"):  # a draw without any value: NaN
+            means.append((counts @ sums) / (counts @ sizes))
     return np.concatenate(means)
 
 
@@ -67,43 +71,40 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def _interval(draws: Floats, clusters: Ints) -> dict[str, float | None]:
     """The 95 % percentile interval of one column of draws; one cluster alone says nothing about spread."""
-    low, high = (None, None) if (clusters == clusters[0]).all() else np.percentile(draws, (2.5, 97.5)).tolist()
+    alone = (clusters == clusters[0]).all() or np.isnan(draws).all()
+    low, high = (None, None) if alone else np.nanpercentile(draws, (2.5, 97.5)).tolist()
     return {"low": low, "high": high}
 
 
-def summarise(
-    scores: Floats, metrics: list[str], clusters: Ints, resamples: int, seed: int
-) -> tuple[list[dict[str, Any]], Floats]:
-    """For each of S systems mean and interval of each metric, and the draws. `scores` (n, S, M)."""
-    shape = (resamples, *scores.shape[1:])
-    draws = bootstrap_means(scores.reshape(len(scores), -1), clusters, resamples, seed).reshape(shape)
+def _mean(values: Floats) -> dict[str, float | int | None]:
+    """Mean over the cases that have a value, and their number where some have none."""
+    known = values[~np.isnan(values)]
+    partial = {} if len(known) == len(values) else {"cases": len(known)}
+    return {"mean": float(known.mean()) if len(known) else None, **partial}
+
+
+def summarise(scores: Floats, metrics: list[str], clusters: Ints, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """For each of S systems mean and interval of each metric. `scores` (n, S, M)."""
+    draws = bootstrap_means(scores.reshape(len(scores), -1), clusters, resamples, seed)
+    draws = draws.reshape(resamples, *scores.shape[1:])
     return [
-        {
-            metric: {"mean": float(scores[:, s, m].mean()), **_interval(draws[:, s, m], clusters)}
-            for m, metric in enumerate(metrics)
-        }
+        {metric: _mean(scores[:, s, m]) | _interval(draws[:, s, m], clusters) for m, metric in enumerate(metrics)}
         for s in range(scores.shape[1])
-    ], draws
+    ]
 
 
 def compare_systems(
-    scores: Floats, names: list[str], metrics: list[str], tested: list[str], clusters: Ints, draws: Floats, seed: int
+    scores: Floats, names: list[str], metrics: list[str], clusters: Ints, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """A row for each pair and tested metric: a - b, its paired interval, p, and p after Holm over the pair's tests."""
-    columns = [metrics.index(metric) for metric in tested]
-    keys = [(a, b, m) for (a, b), m in product(combinations(range(len(names)), 2), columns)]
+    """A row for each pair and metric: a - b, its paired interval, p, and p after Holm over the pair's metrics."""
+    keys = [(a, b, m) for (a, b), m in product(combinations(range(len(names)), 2), range(len(metrics)))]
     differences = np.stack([scores[:, a, m] - scores[:, b, m] for a, b, m in keys], axis=1)
-    p = randomisation_p(differences, clusters, len(draws), seed).tolist()
-    adjusted = [q for k in range(0, len(p), len(tested)) for q in holm(p[k : k + len(tested)])]
-    return [
-        {
-            "a": names[a],
-            "b": names[b],
-            "metric": metrics[m],
-            "difference": float(differences[:, k].mean()),
-            **_interval(draws[:, a, m] - draws[:, b, m], clusters),
-            "p": p[k],
-            "p_holm": adjusted[k],
-        }
-        for k, (a, b, m) in enumerate(keys)
-    ]
+    draws = bootstrap_means(differences, clusters, resamples, seed)
+    p = randomisation_p(differences, clusters, resamples, seed).tolist()
+    adjusted = [q for k in range(0, len(p), len(metrics)) for q in holm(p[k : k + len(metrics)])]
+    rows = []
+    for k, (a, b, m) in enumerate(keys):
+        mean = _mean(differences[:, k])
+        row = {"a": names[a], "b": names[b], "metric": metrics[m], "difference": mean.pop("mean"), **mean}
+        rows.append(row | _interval(draws[:, k], clusters) | {"p": p[k], "p_holm": adjusted[k]})
+    return rows

@@ -382,6 +382,8 @@ def build_model(config: Config, source: Path, place: Place) -> Llama:
         init_weights(model, config.training.seed)
         return model.to(device=place.device, dtype=place.dtype)
     quantize = config.quantization.type if config.method == "qlora" and not stored_in_4bit(source) else None
+    if config.method == "qlora" and quantize is None and "quantization" in config.model_fields_set:
+        logger.info("%s is in 4 bits already and taken as it is; the quantization section is not used", source)
     model = load_model(
         source, quantize=quantize, dtype=place.dtype, device=place.device,
         double_quant=config.quantization.double_quant, progress=place.rank == 0)  # fmt: skip

@@ -1,0 +1,57 @@
+"""README.md: its Python runs, its commands and files exist, its options are real."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, language, block)
+    for page in PAGES
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+]
+COMMANDS = sorted(
+    {
+        (name, command.split("#")[0].strip())
+        for name, language, block in BLOCKS
+        if language in ("", "bash", "sh")
+        for command in re.sub(r"\\\n\s*", " ", block).splitlines()
+        if re.match(r"(python|deepspeed|make) ", command)
+    }
+)
+
+
+@pytest.mark.parametrize("code", [block for _, language, block in BLOCKS if language == "python"])
+def test_the_python_runs(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{c[:40]}" for page, c in COMMANDS])
+def test_the_commands_are_real(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every module, sub-command, option and file of ours that a command names."""
+    words = command.split()
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert set(words[1:]) <= set(targets)
+        return
+    for word in words:
+        if re.match(r"(configs/|assets/|bench/|radllama/|qlora\.json)", word):
+            assert (ROOT / word).exists(), word
+    asked = [word.split("=")[0] for word in words if word.startswith("--")]
+    if words[1] == "-m" or words[0] == "deepspeed":
+        name = words[2] if words[1] == "-m" else "radllama.train"
+        module = importlib.import_module(name)
+        subcommands = "add_subparsers" in Path(str(module.__file__)).read_text(encoding="utf-8")
+        for chosen in words[3].split("|") if subcommands else [""]:
+            with pytest.raises(SystemExit) as ended:
+                module.main([*filter(None, [chosen]), "--help"])
+            assert ended.value.code == 0
+            printed = capsys.readouterr().out
+            assert not [option for option in asked if option not in printed]

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config"},
     "train": {"config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
     "generate": {"tokenizer", "data", "model", "quant", "lora", "checkpoint"},
+    "deid": {"deid_rules", "deid_words"},
+    "scorecard": set(),
     "metrics": set(),
     "stats": set(),
     "eval": {"metrics", "stats"},

@@ -26,11 +26,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config"},
     "train": {"config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
     "generate": {"tokenizer", "data", "model", "quant", "lora", "checkpoint"},
+    "deid_words": set(),
+    "deid_rules": {"deid_words"},
     "deid": {"deid_rules", "deid_words"},
+    "lexicon": set(),
+    "clinical": {"lexicon"},
+    "client": set(),
+    "rubric": {"client"},
+    "judge": {"deid", "client", "rubric"},
+    "agreement": {"client", "rubric"},
     "scorecard": set(),
     "metrics": set(),
     "stats": set(),
-    "eval": {"metrics", "stats"},
+    "cases": {"metrics", "stats"},
+    "baselines": {"cases", "metrics"},
+    "eval": {"baselines", "cases", "client", "clinical", "judge", "metrics", "rubric", "scorecard", "stats"},
 }
 FORBIDDEN = {"transformers", "peft", "trl", "tiktoken"}
 

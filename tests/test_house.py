@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config"},
     "train": {"config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
     "generate": {"tokenizer", "data", "model", "quant", "lora", "checkpoint"},
+    "sections": set(),
     "deid_words": set(),
     "deid_rules": {"deid_words"},
     "deid": {"deid_rules", "deid_words"},

@@ -1,11 +1,12 @@
 # make demo    set up, train, generate, evaluate          make test         lint, types and the whole test suite
+# make indiana CSV=...   train and score on real chest X-ray reports
 # make tiny-base   re-make assets/tiny-llama3 (a quarter of an hour on two cores)
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-system setup tiny-base reports clean
+.PHONY: demo test test-system setup indiana tiny-base reports clean
 
 setup: .venv/ready
 test: .venv/ready-test
@@ -18,6 +19,10 @@ test: .venv/ready-test
 	$(PIP) torch
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-build-isolation -e .
+	touch $@
+
+.venv/ready-reports: .venv/ready
+	$(PIP) --no-build-isolation -e '.[reports]'
 	touch $@
 
 .venv/ready-test: .venv/ready
@@ -44,6 +49,33 @@ demo: .venv/ready
 	  --train assets/reports/train.jsonl --out runs/demo/eval
 	@echo; echo "Written: runs/demo/best (the adapter), runs/demo/loss.png (the loss curve), runs/demo/metrics.jsonl,"
 	@echo "runs/demo/tuned.jsonl and base.jsonl (the impressions), runs/demo/eval (the scores)."
+
+# Real reports: CSV is the Indiana collection's indiana_reports.csv. An hour on two cores; SEEDS="0" does one of three.
+SEEDS ?= 0 1 2
+indiana: .venv/ready-reports
+	@test -f "$(CSV)" || { echo "usage: make indiana CSV=path/to/indiana_reports.csv"; exit 2; }
+	mkdir -p runs && rm -rf runs/indiana-full runs/indiana-qlora-*
+	python -m radllama.reports "$(CSV)" --id uid --findings findings --impression impression \
+	  --indication indication --comparison comparison --shares 70/10/20 --out data/indiana
+	python assets/make_reports.py text --count 12000 --seed 7 --output runs/synthetic-text.jsonl
+	python assets/make_mixture.py --pairs data/indiana/train.jsonl \
+	  --others assets/reports/train.jsonl runs/synthetic-text.jsonl --output runs/indiana-mixture.jsonl
+	python assets/make_base.py --texts data/indiana/train.jsonl data/indiana/train.jsonl data/indiana/train.jsonl \
+	  runs/synthetic-text.jsonl --output runs/indiana-init \
+	  --vocab-size 3072 --hidden-size 256 --layers 6 --heads 8 --kv-heads 4 --intermediate-size 704
+	deepspeed radllama/train.py --config configs/indiana-full.json
+	for seed in $(SEEDS); do \
+	  deepspeed radllama/train.py --config configs/indiana-qlora.json \
+	    --set training.seed=$$seed --set training.output=runs/indiana-qlora-$$seed && \
+	  for samples in 1 16; do \
+	    python -m radllama.generate --model runs/indiana-full/best --quantize nf4 --adapter runs/indiana-qlora-$$seed/best \
+	      --input data/indiana/test.jsonl --output runs/indiana-qlora-$$seed/predictions-$$samples.jsonl \
+	      --name tuned-$$seed-$$samples --max-new-tokens 128 --seed $$seed \
+	      --consensus $$samples --temperature $$([ $$samples = 1 ] && echo 0 || echo 0.6) || exit 1; \
+	  done || exit 1; \
+	done
+	python -m radllama.eval runs/indiana-qlora-*/predictions-16.jsonl runs/indiana-qlora-*/predictions-1.jsonl \
+	  --train data/indiana/train.jsonl --out runs/indiana-eval
 
 reports: .venv/ready
 	python assets/make_reports.py pairs --out assets/reports

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from radllama import checkpoint, eval, generate, lora, model, tokenizer, train
+from radllama import checkpoint, eval, generate, lora, model, reports, tokenizer, train
 from radllama.config import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"model", "quant", "lora"},
     "config": set(),
     "run": {"config"},
-    "train": {"config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
+    "cache": {"data", "tokenizer"},
+    "train": {"cache", "config", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
     "generate": {"tokenizer", "data", "model", "quant", "lora", "checkpoint"},
     "sections": set(),
     "deid_words": set(),
@@ -32,6 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deid": {"deid_rules", "deid_words"},
     "lexicon": set(),
     "clinical": {"lexicon"},
+    "intake": set(),
+    "duplicates": set(),
+    "pairs": {"clinical", "deid", "intake", "sections"},
+    "datacard": {"duplicates", "pairs"},
+    "reports": {"clinical", "datacard", "deid", "duplicates", "intake", "pairs", "sections"},
     "client": set(),
     "rubric": {"client"},
     "judge": {"deid", "client", "rubric"},
@@ -85,6 +91,7 @@ SIGNATURES = [
     (eval.rouge, ["references", "predictions"], {}),
     (eval.evaluate, ["paths"], {}),
     (train.train, ["config"], {}),
+    (reports.parse_report, ["text"], {}),
     (model.LlamaConfig.from_json, ["path"], {}),
 ]
 

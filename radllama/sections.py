@@ -500,6 +500,21 @@ def _repeats(impression: str, text: str) -> bool:
     return len(words) >= LEAK_WORDS and any(block in f" {' '.join(_WORDS.findall(t))} " for t in (text, unnumbered))
 
 
+# How one word of each impression heading begins: a text without any of these has no such heading.
+_ANSWERS = re.compile(
+    "|".join(
+        sorted(
+            {
+                phrase.split()[0 if "finding" in phrase else -1][:6]
+                for phrase, name in _NAMES.items()
+                if name[0] == "impression"
+            }
+        )
+    ),
+    re.I,
+)
+
+
 def leaks(impression: str, prompt_text: str) -> bool:
     """Whether the answer stands in its own prompt: assert that it does not, before a pair is trained or scored on.
 
@@ -507,7 +522,7 @@ def leaks(impression: str, prompt_text: str) -> bool:
     LEAK_WORDS words, as one block (case, punctuation and list numbers aside). A shorter impression ("No acute
     disease.") and a part of a longer one are what findings may say too. Give the prompt without the chat template.
     """
-    sections = parse_report(prompt_text).sections
+    sections = parse_report(prompt_text).sections if _ANSWERS.search(prompt_text) else []
     headed = any(s.name in ("impression", "merged") and s.heading and _CONTENT.search(s.text) for s in sections)
     return headed or _repeats(impression, prompt_text)
 

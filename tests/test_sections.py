@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radllama import sections
 from radllama.sections import LEAK_WORDS, ParsedReport, leaks, parse_report, renumber
 
 CASES: list[dict[str, Any]] = [
@@ -276,3 +277,14 @@ def test_leaks(impression: str, prompt: str, expected: bool) -> None:
 def test_no_kept_pair_leaks(case: dict[str, Any]) -> None:
     parsed = parse_report(case["text"], addendum=case.get("addendum", "drop"))
     assert not leaks(parsed.impression, parsed.findings)
+
+
+def test_no_impression_heading_gets_past_the_quick_look() -> None:
+    for phrase, (name, _) in sections._NAMES.items():
+        if name == "impression":
+            for heading in (phrase.upper(), phrase.title()):
+                text = f"The lungs are clear.\n\n{heading}: Mild oedema."
+                assert sections.leaks("Nothing.", text) == any(
+                    part.name in ("impression", "merged") for part in sections.parse_report(text).sections
+                )
+    assert sections.leaks("Nothing.", "The lungs are clear.\n\nIMPRESSION: Mild oedema.")

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 Method = Literal["full", "lora", "qlora"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,6 +50,9 @@ class Data(Section):
     max_length: int = Field(1024, ge=8, description="tokens of one report with its instruction; cut at the right")
     instructions: list[str] | None = Field(
         None, min_length=1, description="wordings of the instruction, drawn by report and epoch; default: 20 of ours"
+    )
+    weights: dict[Literal["modality", "body_part"], dict[str, PositiveFloat]] | None = Field(
+        None, description='how often to draw reports, such as {"modality": {"CT": 2.0}}; 1 where nothing is said'
     )
 
 

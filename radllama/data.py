@@ -15,15 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,6 +54,14 @@ INSTRUCTIONS = (
     "Finish this radiology report with its impression section.",
     "List the conclusions that the findings support, as an impression.",
     "Formulate the impression for the radiology findings that follow.",
+)
+# For prompt-sensitivity tests (generate --instructions held-out): never trained on by default.
+HELD_OUT_INSTRUCTIONS = (
+    "Given what was seen, dictate the closing section of the report.",
+    "What would you tell the clinician who ordered this examination?",
+    "Read what was observed below, then sum it up as a radiologist does at the end of a report.",
+    "Impression, please.",
+    "Your task: translate observations from an imaging study into its diagnostic conclusion.",
 )
 
 
@@ -138,23 +146,39 @@ def read_examples(path: str | Path, *, need_impression: bool = True) -> list[Exa
         raise ValueError(f"{file}: no such file; expected JSON lines with id, findings and impression")
     seen: dict[str, int] = {}
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                example = _parse(line, need_impression)
-                if example.id in seen:
-                    raise ValueError(f"id: {example.id!r} stands on line {seen[example.id]}, too")
+        for number, example in parse_lines(lines, need_impression=need_impression):
+            if isinstance(example, ValueError):
+                problems.append(f"line {number}: {example}")
+            elif example.id in seen:
+                problems.append(repeated_id(number, example.id, seen[example.id]))
+            else:
                 seen[example.id] = number
                 examples.append(example)
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more lines"] if len(problems) > 20 else [])
-        raise ValueError(f"{file}: mend or remove these lines:\n  " + "\n  ".join(shown))
+        raise faulty_lines(file, problems, len(problems))
     if not examples:
         raise ValueError(f"{file}: empty; expected JSON lines with id, findings and impression")
     return examples
+
+
+def parse_lines(lines: Iterable[bytes], *, need_impression: bool = True) -> Iterator[tuple[int, Example | ValueError]]:
+    """Each line that is not blank with its number: the example, or what is wrong with the line."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, _parse(line, need_impression)
+            except ValueError as error:
+                yield number, error
+
+
+def repeated_id(number: int, identity: str, first: int) -> str:
+    return f"line {number}: id: {identity!r} stands on line {first}, too"
+
+
+def faulty_lines(file: Path, problems: list[str], count: int) -> ValueError:
+    """The error that lists the first twenty of `count` faulty lines."""
+    shown = problems[:20] + ([f"... and {count - 20} more lines"] if count > 20 else [])
+    return ValueError(f"{file}: mend or remove these lines:\n  " + "\n  ".join(shown))
 
 
 def _parse(line: bytes, need_impression: bool) -> Example:
@@ -184,79 +208,176 @@ def _parse(line: bytes, need_impression: bool) -> Example:
     return Example(id=raw["id"], fields={key: raw[key] for key in raw.keys() - known}, **texts)
 
 
-class Reports:
-    """The examples of one file, rendered on demand; examples that lose every label to max_length are left out."""
+class Source(Protocol):
+    """Where `Reports` finds its rows: `OnDemand` below, or a `cache.Cache`. n reports, in the file's order."""
 
-    def __init__(
-        self, examples: list[Example], tokenizer: Tokenizer, prompt: Prompt, *, max_length: int, seed: int, name: str
-    ) -> None:
-        """max_length: tokens of a row, cut at the right. `name` (a file) is used in messages.
+    def __len__(self) -> int: ...
 
-        Raises ValueError where nothing would be left to learn from.
-        """
-        self.tokenizer, self.prompt, self.max_length, self.seed = tokenizer, prompt, max_length, seed
-        lengths = [
-            len(tokenizer.render(prompt.messages("", wording=wording), add_generation_prompt=True)[0])
-            for wording in range(len(prompt.instructions))
-        ]
-        self._longest = lengths.index(max(lengths))
-        if max(lengths) >= max_length and not examples[0].text:
-            raise ValueError(
-                f"data.max_length: {max_length} leaves no room: instruction and template alone take {max(lengths)}"
-            )
-        self.examples: list[Example] = []
-        self.truncated = self.lost = 0
-        for example in tqdm(examples, desc=f"check {name}", unit="report", leave=False, disable=len(examples) < 20_000):
-            row, cut = self._render(example, self._longest)
-            self.truncated += cut
-            if any(row.mask[1:]):
-                self.examples.append(example)
-            else:
-                self.lost += 1
-        if self.lost:
-            logger.warning("%s: %d of %d reports lose their whole impression to data.max_length %d and are left out",
-                           name, self.lost, len(examples), max_length)  # fmt: skip
-        if self.truncated > self.lost:
-            logger.warning("%s: %d reports lose a part of their impression", name, self.truncated - self.lost)
-        if not self.examples:
-            raise ValueError(
-                f"{name}: data.max_length {max_length} cuts every impression away; raise it or shorten the findings"
-            )
+    def identity(self, index: int) -> str:
+        """The report's id."""
+
+    def row(self, index: int, wording: int) -> Row:
+        """The whole row, as `Tokenizer.render` gives it."""
+
+    def lengths(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Tokens of every report's prompt and of its whole row (n,), with the longest wording."""
+
+    def values(self, field: str) -> tuple[list[str], NDArray[Any]]:
+        """The different values of a field ("" where a report has none), and which of them each report has (n,)."""
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """Examples in memory, rendered whenever they are drawn."""
+
+    examples: list[Example]
+    tokenizer: Tokenizer
+    prompt: Prompt
+    name: str
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def row(self, index: int, epoch: int) -> Row:
-        """An example, rendered with the wording that (seed, epoch, id) draws."""
-        example = self.examples[index]
-        key = f"{self.seed}/{epoch}/{example.id}".encode()
-        draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-        return self._render(example, draw % len(self.prompt.instructions))[0]
+    def identity(self, index: int) -> str:
+        return self.examples[index].id
 
-    def _render(self, example: Example, wording: int) -> tuple[Row, bool]:
+    def row(self, index: int, wording: int) -> Row:
+        example = self.examples[index]
         if example.text:
             body = self.tokenizer.encode(example.text)
             ids = [self.tokenizer.bos_id, *body, self.tokenizer.end_of_text_id]
-            mask, wording = [False] + [True] * (len(ids) - 1), -1  # plain texts share nothing
-        else:
-            ids, mask = self.tokenizer.render(
-                self.prompt.messages(example.findings, example.impression, wording=wording)
+            return Row(example.id, ids, [False] + [True] * (len(ids) - 1), -1)  # plain texts share nothing
+        ids, mask = self.tokenizer.render(self.prompt.messages(example.findings, example.impression, wording=wording))
+        return Row(example.id, ids, mask, wording)
+
+    def lengths(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        longest, _ = longest_wording(self.tokenizer, self.prompt)
+        numbers = tqdm(
+            range(len(self)), desc=f"check {self.name}", unit="report", leave=False, disable=len(self) < 20_000
+        )
+        rows = (self.row(index, longest) for index in numbers)
+        both = np.array([(row.mask.index(True), len(row.ids)) for row in rows])
+        return both[:, 0], both[:, 1]
+
+    def values(self, field: str) -> tuple[list[str], NDArray[Any]]:
+        names, codes = np.unique([str(e.fields.get(field) or "") for e in self.examples], return_inverse=True)
+        return names.tolist(), codes
+
+
+def longest_wording(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, int]:
+    """Which wording makes the longest prompt, and its tokens without findings."""
+    lengths = [
+        len(tokenizer.render(prompt.messages("", wording=wording), add_generation_prompt=True)[0])
+        for wording in range(len(prompt.instructions))
+    ]
+    return lengths.index(max(lengths)), max(lengths)
+
+
+class Reports:
+    """The reports of one file, drawn in steps; those that lose every label to max_length are left out."""
+
+    def __init__(
+        self,
+        examples: list[Example] | Source,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        *,
+        max_length: int,
+        seed: int,
+        name: str,
+        weights: Mapping[Any, Mapping[str, float]] | None = None,
+    ) -> None:
+        """max_length: tokens of a row, cut at the right. `name` (a file) is used in messages.
+
+        weights: field -> value -> weight, such as {"modality": {"CT": 2.0}}. A report's weight is the product of those
+        of its values, 1 where nothing is said. An epoch stays as long as the file; a report stands in it as often as
+        its share of all weights says: n w / sum(w), rounded down or up by chance so that this is the mean.
+
+        Raises ValueError where nothing would be left to learn from, or where no report has a weighted value.
+        """
+        self.source = OnDemand(examples, tokenizer, prompt, name) if isinstance(examples, list) else examples
+        self.prompt, self.max_length, self.seed = prompt, max_length, seed
+        longest, tokens = longest_wording(tokenizer, prompt)
+        if tokens >= max_length and self.source.row(0, longest).wording >= 0:
+            raise ValueError(
+                f"data.max_length: {max_length} leaves no room: instruction and template alone take {tokens}"
             )
-        cut = len(ids) > self.max_length
-        return Row(example.id, ids[: self.max_length], mask[: self.max_length], wording), cut
+        prompts, rows = self.source.lengths()
+        self.kept = np.flatnonzero(prompts < max_length)  # those with a label left
+        self.lost = len(prompts) - len(self.kept)
+        self.truncated = int((rows > max_length).sum())
+        if self.lost:
+            logger.warning("%s: %d of %d reports lose their whole impression to data.max_length %d and are left out",
+                           name, self.lost, len(prompts), max_length)  # fmt: skip
+        if self.truncated > self.lost:
+            logger.warning("%s: %d reports lose a part of their impression", name, self.truncated - self.lost)
+        if not len(self.kept):
+            raise ValueError(
+                f"{name}: data.max_length {max_length} cuts every impression away; raise it or shorten the findings"
+            )
+        self.weights = self._weigh(weights, name) if weights else None
+        self._orders: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def row(self, index: int, epoch: int) -> Row:
+        """A report, rendered with the wording that (seed, epoch, id) draws."""
+        place = int(self.kept[index])
+        key = f"{self.seed}/{epoch}/{self.source.identity(place)}".encode()
+        draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        row = self.source.row(place, draw % len(self.prompt.instructions))
+        if len(row.ids) <= self.max_length:
+            return row
+        return replace(row, ids=row.ids[: self.max_length], mask=row.mask[: self.max_length])
 
     def step(self, number: int, batch_size: int) -> list[Row]:
         """The reports of optimizer step `number` (from 0): one endless stream of shuffled epochs, cut in steps."""
         rows = []
         for place in range(number * batch_size, (number + 1) * batch_size):
             epoch, offset = divmod(place, len(self))
-            rows.append(self.row(int(_shuffled(len(self), self.seed, epoch)[offset]), epoch))
+            # With weights a report may come several times in an epoch: by place it gets another wording each time.
+            rows.append(self.row(int(self._order(epoch)[offset]), epoch if self.weights is None else place))
         return rows
 
+    def _order(self, epoch: int) -> NDArray[Any]:
+        if epoch not in self._orders:
+            if len(self._orders) == 2:  # a step may reach from one epoch into the next
+                self._orders.clear()
+            if self.weights is None:
+                self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            else:
+                self._orders[epoch] = weighted_order(self.weights, self.seed, epoch)
+        return self._orders[epoch]
 
-@lru_cache(maxsize=2)
-def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    def _weigh(self, weights: Mapping[Any, Mapping[str, float]], name: str) -> NDArray[Any]:
+        """The weight of every report that is kept (n,)."""
+        product = np.ones(len(self))
+        for field_name, by_value in weights.items():
+            names, codes = self.source.values(field_name)
+            if unknown := sorted(by_value.keys() - set(names)):
+                raise ValueError(
+                    f"data.weights.{field_name}: no report of {name} has {', '.join(unknown)}; there are: "
+                    + ", ".join(value or "(nothing)" for value in names[:20])
+                )
+            product *= np.array([by_value.get(value, 1.0) for value in names])[codes[self.kept]]
+        return product
+
+
+def weighted_order(weights: NDArray[Any], seed: int, epoch: int) -> NDArray[Any]:
+    """Which reports (n,) an epoch draws from n with these weights (n,), and in which order.
+
+    Systematic sampling (Madow 1949): the reports, shuffled, lie one behind the other on a line, each as long as its
+    weight, and n points at even distances, from a random start, pick them. So report i comes floor or ceil of
+    n w_i / sum(w) times, n w_i / sum(w) on average; equal weights give every report once.
+    """
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(len(weights))
+    reach = np.cumsum(weights[order])
+    points = (draw.random() + np.arange(len(weights))) * (reach[-1] / len(weights))
+    chosen = np.minimum(np.searchsorted(reach, points, side="right"), len(weights) - 1)  # rounding may pass the end
+    picked: NDArray[Any] = order[chosen]
+    return draw.permutation(picked)
 
 
 def spread(rows: Sequence[Row], packs: int) -> list[list[Row]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from radllama.checkpoint import find_model, load_model
-from radllama.data import INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
+from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
 from radllama.lora import load_adapter
 from radllama.model import KVCache, Llama
 from radllama.tokenizer import Tokenizer
@@ -138,12 +139,40 @@ class Sampler:
         return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators, strict=True)]
 
 
+def common_length(a: list[int], b: list[int]) -> int:
+    """Length of the longest common subsequence, bit-parallel over `a` (Hyyro 2004)."""
+    places: dict[int, int] = {}
+    for i, token in enumerate(a):
+        places[token] = places.get(token, 0) | 1 << i
+    full = column = (1 << len(a)) - 1
+    for token in b:
+        hit = column & places.get(token, 0)
+        column = ((column + hit) | (column - hit)) & full
+    return len(a) - column.bit_count()
+
+
+def consensus(candidates: list[list[int]]) -> list[int]:
+    """The candidate that agrees most with all: the highest mean F1 of common subsequences, the earliest of equals.
+
+    Minimum Bayes risk over samples (Kumar and Byrne 2004): what a model says again and again it rather knows; what
+    stands in one sample alone it rather made up.
+    """
+    counted = [(list(key), count) for key, count in Counter(map(tuple, candidates)).items()]
+
+    def agreement(one: list[int]) -> float:
+        return sum(count * 2 * common_length(one, other) / (len(one) + len(other)) for other, count in counted)
+
+    return max((one for one, _ in counted), key=agreement)
+
+
 def predict(
-    model: Llama, tokenizer: Tokenizer, prompt: Prompt, examples: list[Example], *, name: str, **options: Any
-) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl for the examples, in their order. `options` go to `generate`."""
+    model: Llama, tokenizer: Tokenizer, prompt: Prompt, examples: list[Example], *, name: str, samples: int = 1,
+    seed: int = 0, **options: Any) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of predictions.jsonl for the examples, in their order. `options` go to `generate`; of several `samples`
+    (seeds `seed`, `seed` + 1, ...) the `consensus` is kept."""
     prompts = [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
-    outputs = generate(model, prompts, stop_ids=tokenizer.stop_ids, **options)
+    drawn = [generate(model, prompts, stop_ids=tokenizer.stop_ids, seed=seed + k, **options) for k in range(samples)]
+    outputs = [consensus(list(candidates)) for candidates in zip(*drawn, strict=True)]
     return [
         example.fields
         | {
@@ -170,33 +199,50 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompt-format", choices=["llama3", "llama2", "alpaca"], help="default: as in training")
-    parser.add_argument("--instruction", help="default: the first wording of training")
+    wording = parser.add_mutually_exclusive_group()
+    wording.add_argument("--instruction", help="default: the first wording of training")
+    wording.add_argument(
+        "--instructions",
+        metavar="held-out|FILE",
+        help="to see how much the wording matters: ask with each of several (five that training never saw, or those of "
+        "FILE, one a line) and write OUTPUT's name with .1, .2, ... before its ending",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--consensus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw N impressions (--temperature 0.6, say) and keep the one that agrees most with the others",
+    )
     parser.add_argument("--limit", type=int, help="only the first N reports")
     parser.add_argument(
         "--name", help="what predictions.jsonl calls this model; default: the adapter's or model's folder"
     )
     options = parser.parse_args(arguments)
     try:
-        rows = _run(options)
+        written = _run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    cut = sum(row["stop_reason"] == "length" for row in rows)
-    print(f"wrote {options.output}: {len(rows)} predictions, {cut} cut at {options.max_new_tokens} tokens")
+    for file, rows in written.items():
+        cut = sum(row["stop_reason"] == "length" for row in rows)
+        print(f"wrote {file}: {len(rows)} predictions, {cut} cut at {options.max_new_tokens} tokens")
 
 
-def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _run(options: argparse.Namespace) -> dict[Path, list[dict[str, Any]]]:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but this machine shows no CUDA GPU; use cpu")
     if options.max_new_tokens < 1 or options.batch_size < 1:
         raise ValueError("--max-new-tokens and --batch-size: expected at least 1")
     Sampler(options.temperature, options.top_k, options.top_p)
+    if options.consensus < 1 or (options.consensus > 1 and options.temperature == 0):
+        raise ValueError("--consensus: expected at least 1, and with more a --temperature above 0 (0.6, say)")
     if not options.output.parent.is_dir():
         raise ValueError(f"--output: the folder {options.output.parent} does not exist")
     examples = read_examples(options.input, need_impression=False)[: options.limit]
@@ -206,21 +252,44 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
     trained = Prompt.load(options.adapter if options.adapter else source)
     prompt_format = options.prompt_format or (trained.format if trained else None)
     tokenizer = Tokenizer.from_dir(source, prompt_format=prompt_format)
-    instruction = options.instruction or (trained.instructions if trained else INSTRUCTIONS)[0]
+    wordings = _wordings(options, (trained.instructions if trained else INSTRUCTIONS)[0])
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else _dtype(options.device)
     model = load_model(source, quantize=options.quantize, dtype=dtype, device=options.device, progress=True)
     check_vocabulary(tokenizer, model.config.vocab_size, source=str(source))
     if options.adapter:
         load_adapter(model, options.adapter)
-    rows = predict(
-        model, tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples,
-        name=options.name or str(options.adapter or options.model), max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
-        batch_size=options.batch_size, progress=True)  # fmt: skip
-    partial = options.output.with_name(options.output.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(options.output)
-    return rows
+    written = {}
+    for number, instruction in enumerate(wordings, 1):
+        name, file, extra = options.name or str(options.adapter or options.model), options.output, {}
+        if options.instructions:
+            name, extra = f"{name} #{number}", {"instruction": instruction}
+            file = file.with_name(f"{file.stem}.{number}{file.suffix}")
+        rows = predict(
+            model, tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples,
+            name=name, max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, samples=options.consensus,
+            seed=options.seed,
+            batch_size=options.batch_size, progress=True)  # fmt: skip
+        written[file] = [row | extra for row in rows]
+        partial = file.with_name(file.name + ".partial")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in written[file])
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(file)
+    return written
+
+
+def _wordings(options: argparse.Namespace, default: str) -> list[str]:
+    if options.instructions == "held-out":
+        return list(HELD_OUT_INSTRUCTIONS)
+    if not options.instructions:
+        return [options.instruction or default]
+    try:
+        lines = Path(options.instructions).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--instructions: expected held-out or a text file, one wording a line ({error})") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"--instructions: {options.instructions} holds no wording; expected one a line")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _dtype(device: str) -> torch.dtype:

@@ -36,6 +36,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from radllama.cache import open_cache
 from radllama.checkpoint import atomic_folder, find_model, load_model, write_model_into
 from radllama.config import Config, read_config
 from radllama.data import (
@@ -357,8 +358,11 @@ def free_port() -> int:
 
 
 def read_reports(config: Config, path: str, tokenizer: Tokenizer, prompt: Prompt) -> Reports:
-    examples = read_examples(path)
-    return Reports(examples, tokenizer, prompt, max_length=config.data.max_length, seed=config.training.seed, name=path)
+    source = open_cache(path, tokenizer, prompt) or read_examples(path)
+    weights = config.data.weights if path == config.data.train else None
+    return Reports(
+        source, tokenizer, prompt, max_length=config.data.max_length, seed=config.training.seed, name=path,
+        weights=weights)  # fmt: skip
 
 
 def warn_of_untrained_headers(config: Config, source: Path, tokenizer: Tokenizer) -> None:

@@ -53,6 +53,8 @@ def test_all_problems_are_named_at_once() -> None:
         ({"method": "lora", "quantization": {}}, "quantization: is not used by method lora"),
         ({"model": {"from_scratch": True}}, "needs method full"),
         ({"lora": {"targets": ["w1"]}}, "lora.targets.0"),
+        ({"data": {"weights": {"modality": {"CT": 0}}}}, "data.weights.modality.CT: .*greater than 0"),
+        ({"data": {"weights": {"organ": {"lung": 2.0}}}}, "data.weights.organ.*'modality' or 'body_part'"),
         ({"deepspeed": {"optimizer": {}}}, "deepspeed.optimizer"),
         ({"deepspeed": {"gradient_clipping": 3}}, "training.gradient_clipping"),
         ({"deepspeed": {"gradient_accumulation_steps": 2}}, "training.accumulation"),
@@ -67,6 +69,13 @@ def test_contradictions(sections: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_the_resolved_copy_is_a_config_again(method: str) -> None:
     config = parse_config(changed(method=method))
+    assert parse_config(config.resolved()) == config
+
+
+def test_weights() -> None:
+    assert parse_config(GOOD).data.weights is None
+    config = parse_config(changed(data={"weights": {"modality": {"CT": 2, "CR": 0.5}, "body_part": {"chest": 1.5}}}))
+    assert config.data.weights == {"modality": {"CT": 2.0, "CR": 0.5}, "body_part": {"chest": 1.5}}
     assert parse_config(config.resolved()) == config
 
 

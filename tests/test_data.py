@@ -25,6 +25,7 @@ from torch import Tensor
 
 from radllama import model as model_module
 from radllama.data import (
+    HELD_OUT_INSTRUCTIONS,
     INSTRUCTIONS,
     PROMPT_FILE,
     Example,
@@ -431,7 +432,7 @@ def test_the_prefix_comes_from_whole_rows(tokenizer: Tokenizer) -> None:
 
 
 def test_a_row_is_the_prompt_of_generation_and_the_labelled_answer(tokenizer: Tokenizer, reports: Reports) -> None:
-    row, example = reports.row(4, 0), reports.examples[4]
+    row, example = reports.row(4, 0), synthetic_examples(30)[4]
     question = reports.prompt.messages(example.findings, wording=row.wording)
     prompt, _ = tokenizer.render(question, add_generation_prompt=True)
     answer = [*tokenizer.encode(example.impression), tokenizer.eos_id]
@@ -502,7 +503,7 @@ def test_every_epoch_holds_every_report_once(tokenizer: Tokenizer, batch_size: i
     stream = [row.id for number in range(-(-44 // batch_size)) for row in reports.step(number, batch_size)]
     epochs = [stream[start : start + 11] for start in range(0, 44, 11)]
     for epoch in epochs:
-        assert sorted(epoch) == sorted(example.id for example in reports.examples)
+        assert sorted(epoch) == sorted(f"r{number}" for number in range(11))
     assert len({tuple(epoch) for epoch in epochs}) == 4  # each in an order of its own
 
 
@@ -558,6 +559,109 @@ def test_spread_keeps_all_rows_balances_tokens_and_leaves_no_pack_empty(
     assert spread(list(rows), packs) == groups
 
 
+# Reports: drawing by weights
+
+
+def of_modalities(count: int, *modalities: str) -> list[Example]:
+    """Examples whose modalities take turns."""
+    return [
+        replace(example, fields={"modality": modalities[number % len(modalities)], "body_part": "chest"})
+        for number, example in enumerate(synthetic_examples(count))
+    ]
+
+
+def weighted(tokenizer: Tokenizer, examples: list[Example], weights: Any, seed: int = 0) -> Reports:
+    return Reports(examples, tokenizer, PROMPT, max_length=512, seed=seed, name="train.jsonl", weights=weights)
+
+
+def test_weights_set_how_often_a_report_is_drawn(tokenizer: Tokenizer) -> None:
+    """CT three times as often as CR, and "" (no modality) as often as CR."""
+    examples = of_modalities(60, "CT", "CR", "")
+    reports = weighted(tokenizer, examples, {"modality": {"CT": 3.0}})
+    expected = {"CT": 60 * 3 / 100, "CR": 60 / 100, "": 60 / 100}  # a report in an epoch
+    modality = {example.id: example.fields["modality"] for example in examples}
+    totals: Counter[str] = Counter()
+    for epoch in range(40):
+        rows = reports.step(epoch, 60)
+        counts = Counter(row.id for row in rows)
+        assert len(rows) == 60
+        for example in examples:
+            mean = expected[modality[example.id]]
+            assert counts[example.id] in (int(mean), int(mean) + 1)
+        totals += counts
+    for example in examples:  # 40 epochs, each floor or ceil: a standard deviation of at most 0.5 * 40 ** 0.5 = 3.2
+        assert abs(totals[example.id] - 40 * expected[modality[example.id]]) < 14
+    share = sum(count for name, count in totals.items() if modality[name] == "CT") / totals.total()
+    assert abs(share - 0.6) < 0.02
+    assert len({tuple(sorted(row.id for row in reports.step(epoch, 60))) for epoch in range(40)}) == 40
+
+
+def test_weights_of_two_fields_multiply(tokenizer: Tokenizer) -> None:
+    examples = of_modalities(40, "CT", "CR")
+    examples = [
+        replace(e, fields=e.fields | {"body_part": "chest" if number < 20 else "knee"})
+        for number, e in enumerate(examples)
+    ]
+    reports = weighted(tokenizer, examples, {"modality": {"CT": 2.0}, "body_part": {"knee": 0.5, "chest": 4}})
+    product = [(2.0 if number % 2 == 0 else 1.0) * (4 if number < 20 else 0.5) for number in range(40)]
+    assert reports.weights is not None
+    assert reports.weights.tolist() == product
+
+
+def test_weighted_steps_are_a_function_of_seed_and_number(tokenizer: Tokenizer) -> None:
+    examples, weights = of_modalities(11, "CT", "CR"), {"modality": {"CT": 2.0}}
+    first, second = weighted(tokenizer, examples, weights), weighted(tokenizer, examples, weights)
+    forwards = [first.step(number, 4) for number in range(12)]
+    assert forwards == [second.step(number, 4) for number in reversed(range(12))][::-1]
+    assert forwards != [weighted(tokenizer, examples, weights, seed=1).step(number, 4) for number in range(12)]
+
+
+def test_a_report_that_comes_again_in_an_epoch_comes_with_other_wordings(tokenizer: Tokenizer) -> None:
+    reports = weighted(tokenizer, of_modalities(30, *["CR"] * 29, "CT"), {"modality": {"CT": 1e6}})
+    rows = reports.step(0, 30)
+    assert Counter(row.id for row in rows)["r29"] >= 29
+    assert {row.wording for row in rows if row.id == "r29"} == {0, 1, 2}
+
+
+def test_weights_belong_to_the_reports_that_are_left(tokenizer: Tokenizer) -> None:
+    examples = of_modalities(6, "CT", "CR", "US")
+    examples[1] = replace(examples[1], findings="The heart is normal in size. " * 100)  # loses its impression
+    reports = weighted(tokenizer, examples, {"modality": {"CT": 2.0, "CR": 3.0, "US": 5.0}})
+    assert reports.lost == 1
+    assert reports.weights is not None
+    assert reports.weights.tolist() == [2.0, 5.0, 2.0, 3.0, 5.0]
+
+
+def test_equal_weights_draw_every_report_once(tokenizer: Tokenizer) -> None:
+    reports = weighted(tokenizer, of_modalities(37, "CT"), {"modality": {"CT": 0.3}})
+    for epoch in range(5):
+        assert sorted(row.id for row in reports.step(epoch, 37)) == sorted(f"r{number}" for number in range(37))
+
+
+def test_extreme_weights_stay_inside(tokenizer: Tokenizer) -> None:
+    reports = weighted(tokenizer, of_modalities(30, *["CR"] * 29, "CT"), {"modality": {"CT": 1e12, "CR": 1e-9}})
+    assert {row.id for row in reports.step(0, 60)} == {"r29"}
+
+
+def test_a_weighted_value_that_no_report_has_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"data\.weights\.modality: no report of train\.jsonl has MR; .*: CR, CT$"):
+        weighted(tokenizer, of_modalities(4, "CT", "CR"), {"modality": {"CT": 2.0, "MR": 2.0}})
+    with pytest.raises(ValueError, match=r"has CT; there are: \(nothing\)$"):
+        weighted(tokenizer, synthetic_examples(3), {"modality": {"CT": 2.0}})
+
+
+def test_validation_has_no_weights_and_weights_leave_its_order_alone(tokenizer: Tokenizer) -> None:
+    examples = of_modalities(9, "CT", "CR")
+    plain = make_reports(tokenizer, examples)
+    assert list(in_order(weighted(tokenizer, examples, {"modality": {"CT": 5}}), 4)) == list(in_order(plain, 4))
+
+
+def test_held_out_instructions_are_held_out() -> None:
+    everything = [" ".join(text.lower().split()) for text in (*INSTRUCTIONS, *HELD_OUT_INSTRUCTIONS)]
+    assert len(HELD_OUT_INSTRUCTIONS) >= 5
+    assert len(set(everything)) == len(INSTRUCTIONS) + len(HELD_OUT_INSTRUCTIONS)
+
+
 # Reports: what max_length cuts away
 
 
@@ -579,7 +683,7 @@ def test_reports_that_lose_their_labels_are_counted_reported_and_left_out(
     with caplog.at_level(logging.WARNING):
         reports = make_reports(tokenizer, examples, max_length=room)
     assert (reports.lost, reports.truncated, len(reports)) == (1, 2, 2)
-    assert [example.id for example in reports.examples] == ["s", "m"]
+    assert [reports.row(index, 0).id for index in range(2)] == ["s", "m"]
     assert f"train.jsonl: 1 of 3 reports lose their whole impression to data.max_length {room}" in caplog.text
     assert "train.jsonl: 1 reports lose a part of their impression" in caplog.text
     assert SECRET not in caplog.text

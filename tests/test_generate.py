@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_llama, synthetic_examples, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from radllama import generate as module
 from radllama.checkpoint import save_model
-from radllama.generate import Sampler, generate
+from radllama.data import HELD_OUT_INSTRUCTIONS, Prompt
+from radllama.generate import Sampler, common_length, consensus, generate, predict
 from radllama.model import KVCache, Llama
 from radllama.tokenizer import Tokenizer
 
@@ -110,7 +113,22 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
     assert {row["model"] for row in written} == {"tiny"}
     assert {row["modality"] for row in written} == {"CR"}
     assert {row["stop_reason"] for row in written} <= {"stop", "length"}
+    assert not any("instruction" in row for row in written)
+    (tmp_path / "wordings.txt").write_text("Conclude.\n\n  Sum up the findings. \n")
+    for source, wordings in (
+        ("held-out", HELD_OUT_INSTRUCTIONS),
+        (str(tmp_path / "wordings.txt"), ("Conclude.", "Sum up the findings.")),
+    ):
+        module.main([*common, "--max-new-tokens", "2", "--name", "tiny", "--instructions", source])
+        for number, wording in enumerate(wordings, 1):
+            lines = (tmp_path / f"out.{number}.jsonl").read_text().splitlines()
+            assert {json.loads(line)["instruction"] for line in lines} == {wording}
+            assert {json.loads(line)["model"] for line in lines} == {f"tiny #{number}"}
+            assert len(lines) == 5
+    assert not (tmp_path / "out.6.jsonl").exists()
     for extra in (
+        ["--instructions", str(tmp_path / "none.txt")],
+        ["--instructions", "held-out", "--instruction", "Conclude."],
         ["--adapter", str(tmp_path)],
         ["--top-p", "2"],
         ["--max-new-tokens", "0"],
@@ -120,3 +138,41 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
             module.main([*common, *extra] if extra[0] != "--model" else [*extra, *common[2:]])
         assert caught.value.code == 2 or "--adapter" in extra
         assert "error:" in capsys.readouterr().err
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
+def test_common_length_equals_the_plain_table(a: list[int], b: list[int]) -> None:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    assert common_length(a, b) == table[-1][-1]
+
+
+def test_consensus_is_what_agrees_most() -> None:
+    assert consensus([[1, 2, 3], [1, 2, 9], [7, 8, 9], [1, 2, 3]]) == [1, 2, 3]
+    assert consensus([[5, 6, 9], [1, 2, 3, 9], [1, 2, 4, 9], [1, 3, 2, 9]]) == [1, 2, 3, 9]
+    assert consensus([[4, 9], [5, 9]]) == [4, 9]  # a tie goes to the earliest
+    assert consensus([[2]]) == [2]
+
+
+def test_consensus_over_samples_of_a_model(tokenizer_folder: Path) -> None:
+    tokenizer = Tokenizer.from_dir(tokenizer_folder)
+    model = random_llama(tiny_config(vocab_size=tokenizer.vocab_size))
+    prompt, examples = Prompt(tokenizer.prompt_format, ("Derive.",)), synthetic_examples(3)
+
+    def answers(samples: int, seed: int) -> list[str]:
+        rows = predict(
+            model, tokenizer, prompt, examples, name="m", samples=samples, seed=seed, max_new_tokens=6, temperature=1.0
+        )
+        return [row["prediction"] for row in rows]
+
+    drawn = [answers(1, 3 + k) for k in range(5)]
+    assert all(answer in each for answer, each in zip(answers(5, 3), zip(*drawn, strict=True), strict=True))
+
+
+def test_consensus_needs_a_temperature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["--model", "m", "--input", "x", "--output", str(tmp_path / "o"), "--consensus", "4"])
+    assert "--consensus" in capsys.readouterr().err

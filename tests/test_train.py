@@ -177,6 +177,26 @@ def test_a_nan_loss_stops_before_the_step_and_names_reports(make: Make, monkeypa
     assert len(records(train(config, resume=True), "loss")) == 5
 
 
+def test_data_weights_reach_training_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = make("run", steps=1)
+    lines = [json.loads(line) for line in Path(raw["data"]["train"]).read_text().splitlines()]
+    rows = [line | {"modality": "CT" if number % 4 == 0 else "CR"} for number, line in enumerate(lines)]
+    Path(raw["data"]["train"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw["data"]["weights"] = {"modality": {"CT": 1e9}}
+    seen: list[set[str]] = []
+    original = module.Run.loop
+
+    def spy(self: module.Run, training: Any, validation: Any, *, resume: bool) -> None:
+        seen.extend([{row.id for row in training.step(0, 64)}, {row.id for row in validation.step(0, 64)}])
+        original(self, training, validation, resume=resume)
+
+    monkeypatch.setattr(module.Run, "loop", spy)
+    train(parse_config(raw))
+    assert seen[0] == {line["id"] for line in lines[::4]}
+    assert len(seen[1]) == 8
+    assert list((Path(raw["data"]["train"]).parent / ".radllama-cache").glob("*/header.json"))
+
+
 def test_run_folders_are_protected(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         train(parse_config(make("run")), resume=True)

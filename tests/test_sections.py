@@ -288,3 +288,9 @@ def test_no_impression_heading_gets_past_the_quick_look() -> None:
                     part.name in ("impression", "merged") for part in sections.parse_report(text).sections
                 )
     assert sections.leaks("Nothing.", "The lungs are clear.\n\nIMPRESSION: Mild oedema.")
+
+
+def test_underscores_that_stand_for_removed_words_stay() -> None:
+    parsed = parse_report("FINDINGS: A ___ opacity in the ____ lobe, __bold__.\n\nIMPRESSION: ___ opacity.")
+    assert parsed.findings == "A ___ opacity in the ____ lobe, bold."
+    assert parsed.impression == "___ opacity."

@@ -32,7 +32,7 @@ COMMANDS = sorted(
     "code", [code for page, language, code in BLOCKS if (page, language) == ("README.md", "python")]
 )
 def test_the_python_runs(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{c[:40]}" for page, c in COMMANDS])
@@ -41,7 +41,7 @@ def test_the_commands_are_real(page: str, command: str, capsys: pytest.CaptureFi
     words = command.split()
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-        assert set(words[1:]) <= set(targets)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
         return
     for word in words:
         if re.match(r"(configs/|assets/|bench/|radllama/|qlora\.json)", word):

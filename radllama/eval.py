@@ -1,8 +1,8 @@
-"""Score impressions against the radiologist's: ROUGE, BERTScore, intervals, paired tests, trivial baselines.
+"""Score impressions against the radiologist's: ROUGE, BERTScore, clinical checks, a judge; intervals and paired tests.
 
 Works alone: it reads the `predictions.jsonl` of any system (a JSON object a line with `id`, `findings`,
 `reference`, `prediction`, `model`, `stop_reason`) and imports nothing of the model. A metric is a column, one
-number for each case: statistics, strata and tables work on whatever columns `_score` makes.
+number for each case (NaN where it does not apply): statistics, strata and tables work on whatever columns there are.
 
     python -m radllama.eval tuned.jsonl base.jsonl --out scores --train pairs.jsonl
 """
@@ -15,262 +15,216 @@ import os
 import re
 import sys
 import textwrap
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from importlib import metadata
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from radllama.metrics import NORMAL_RULE, bertscore, is_normal, rouge, rouge_signature
-from radllama.stats import Floats, Ints, compare_systems, summarise
+from radllama import clinical, judge
+from radllama.baselines import BASELINES, NEAR, baselines
+from radllama.cases import Cases, System, load, some
+from radllama.client import Client, read_rows
+from radllama.metrics import NORMAL_RULE, bertscore, rouge, rouge_signature
+from radllama.rubric import CRITERIA, SERIOUS
+from radllama.scorecard import write_scorecard
+from radllama.stats import Floats, compare_systems, holm, summarise
 
-Rows = dict[str, dict[str, Any]]  # the rows of one file by id, in the file's order
+Claim = tuple[str, int, int]  # kind, start, end in the prediction
+Text4 = tuple[str, str, str, str]  # findings, context, reference, prediction
+Scores = list[float | None]  # None becomes NaN in a column
 
-DERIVED = ("bert_rescaled",)  # another column on another scale: shown, but not tested a second time
-BASELINES = ("constant", "findings copied", "nearest neighbour")
-
-
-@dataclass(frozen=True)
-class Cases:
-    """The n cases that every system answers; `clusters` (n,) numbers their patients, or the cases themselves."""
-
-    ids: list[str]
-    findings: list[str]
-    references: list[str]
-    clusters: Ints
-    by_patient: bool
-    strata: dict[str, NDArray[np.bool_]]
-
-
-@dataclass(frozen=True)
-class System:
-    """One row of the table; a stop reason is "stop", "length" or None (not known, or nothing was decoded)."""
-
-    name: str
-    source: str
-    predictions: list[str]
-    stop_reasons: list[str | None]
+ASPECTS = tuple(f"clinical_{aspect}" for aspect in clinical.ASPECTS)
+CHECKS = ("clinical_f1", "faithfulness", *ASPECTS)
+JUDGED = (*(f"judge_{criterion}" for criterion in CRITERIA), "judge_serious_errors")
+# Shown, but not tested: another scale of a column, or a part of one.
+DERIVED = {"bert_rescaled", *ASPECTS}
+LOWER_IS_BETTER = ("judge_serious_errors",)
+TITLES = {
+    "understandability": "understand.",
+    "clinical_utility": "utility",
+    "serious_errors": "serious err.",
+    "recommendation": "recommend.",
+}
+PAGE_LIMIT = 20_000  # cases in the scorecard; a page of more would not open in a browser
+PARALLEL = 4_000  # answers from which on the clinical checks are worth a second process
 
 
-def _some(items: Sequence[object], limit: int = 5) -> str:
-    return ", ".join(map(str, items[:limit] or ["none"])) + f" and {len(items) - limit} more" * (len(items) > limit)
+def _clinical_case(case: Text4) -> tuple[Scores, list[Claim]]:
+    """The CHECKS of one answer, and its unsupported claims. An empty answer scores 0, in an aspect that applies."""
+    findings, context, reference, prediction = case
+    scores = clinical.compare(reference, prediction)
+    faithful: float | None = clinical.faithfulness(findings, prediction, context)
+    if not prediction.strip():
+        scores["clinical_f1"] = faithful = 0.0
+    numbers = [scores["clinical_f1"], faithful, *(scores[aspect] for aspect in clinical.ASPECTS)]
+    claims = clinical.unsupported(findings, prediction, context)
+    return numbers, [(claim.kind, claim.start, claim.end) for claim in claims]
 
 
-def _raise_if(problems: list[str], limit: int = 20) -> None:
-    if problems:
-        more = [f"... and {len(problems) - limit} more"] * (len(problems) > limit)
-        raise ValueError("\n  ".join(["the input cannot be scored:", *problems[:limit], *more]))
+def _clinical_all(cases: Sequence[Text4]) -> list[tuple[Scores, list[Claim]]]:
+    bar: dict[str, Any] = {"desc": "clinical checks", "total": len(cases), "disable": None, "leave": False}
+    workers = min(os.cpu_count() or 1, 8)
+    if workers > 1 and len(cases) >= PARALLEL:
+        try:
+            with ProcessPoolExecutor(workers) as pool:
+                return list(tqdm(pool.map(_clinical_case, cases, chunksize=200), **bar))
+        except (BrokenProcessPool, OSError):  # a worker was killed, or could not start: on without help
+            pass
+    return list(tqdm(map(_clinical_case, cases), **bar))
 
 
-def _read_jsonl(path: Path, fields: Sequence[str], problems: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows whose `fields` are strings, not empty but for `prediction`. Others go into `problems`."""
-    rows, before = [], len(problems)
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = dict(json.loads(line.decode("utf-8-sig")))
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                except (ValueError, TypeError, RecursionError) as error:
-                    reason = getattr(error, "msg", None) or getattr(error, "reason", "not an object, or too deep")
-                    problems.append(f"{path} line {number}: invalid JSON ({reason}); write one object a line, in UTF-8")
-                    continue
-                if wrong := [
-                    key
-                    for key in fields
-                    if not isinstance(row.get(key), str) or not (row[key].strip() or key == "prediction")
-                ]:
-                    problems.append(
-                        f"{path} line {number}: {', '.join(wrong)} must be given as a string, not empty "
-                        "(only prediction may be); complete the row or delete it"
-                    )
-                else:
-                    rows.append((number, row))
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); check the path")
-    if not rows and len(problems) == before:
-        problems.append(f"{path}: holds no rows; expected one JSON object a line")
-    return rows
-
-
-def _read_system(path: Path, name: str | None, problems: list[str]) -> tuple[str, Rows]:
-    """The name of the system in one predictions file, and its rows."""
-    rows: Rows = {}
-    lines: dict[str, list[int]] = {}
-    fields = ("id", "findings", "reference", "prediction") + (() if name else ("model",))
-    for number, row in _read_jsonl(path, fields, problems):
-        rows.setdefault(row["id"], row)
-        lines.setdefault(row["id"], []).append(number)
-        if row.get("stop_reason", "missing") not in ("stop", "length", None):
-            problems.append(f'{path} line {number}: stop_reason must be "stop", "length", or null if not known')
-    if twice := [f"{key} on lines {_some(where)}" for key, where in lines.items() if len(where) > 1]:
-        problems.append(f"{path}: duplicate ids ({_some(twice)}); keep one row for each case")
-    models = [name] if name else list(dict.fromkeys(row["model"] for row in rows.values()))
-    if len(models) > 1:
-        problems.append(f"{path}: more than one model ({_some(models)}); split the file, or use --names")
-    return " ".join(models[0].split()) if models else "", rows
-
-
-def load(paths: Sequence[Path], names: Sequence[str] | None = None) -> tuple[Cases, list[System]]:
-    """Read predictions files that answer the same cases, in the first one's order. ValueError lists all problems."""
-    if not paths or (names is not None and len(names) != len(paths)):
-        raise ValueError(f"{len(paths)} predictions files and {len(names or ())} names; give one name a file or none")
-    problems: list[str] = []
-    read = [_read_system(path, names[i] if names else None, problems) for i, path in enumerate(paths)]
-    _raise_if(problems)
-    main, first = paths[0], read[0][1]
-    for path, (name, rows) in zip(paths, read, strict=True):
-        lacks, extra = [i for i in first if i not in rows], [i for i in rows if i not in first]
-        if lacks or extra:
-            problems.append(
-                f"{path}: against {main} {len(lacks)} ids are missing ({_some(lacks)}) and {len(extra)} "
-                f"added ({_some(extra)}); score all systems on the same cases, or each file alone"
-            )
-        if odd := [
-            i
-            for i in first
-            if i in rows and any(first[i][key].split() != rows[i][key].split() for key in ("reference", "findings"))
-        ]:
-            problems.append(
-                f"{path}: another reference or other findings than in {main} for {len(odd)} ids "
-                f"({_some(odd)}); make both files from the same cases"
-            )
-        if len(same := [str(other) for other, (label, _) in zip(paths, read, strict=True) if label == name]) > 1:
-            problems.append(f"{path}: several systems are named {name!r} ({_some(same)}); tell them apart by --names")
-    _raise_if(problems)
-
-    def optional(key: str) -> list[str]:  # such a field counts wherever one of the files has it
-        values = ([rows[i].get(key) for _, rows in read] for i in first)
-        return [next((str(value) for value in row if value not in (None, "")), "") for row in values]
-
-    findings, references = ([row[key] for row in first.values()] for key in ("findings", "reference"))
-    patients, kinds = optional("patient_id"), np.array(optional("modality"))
-    clusters = np.unique(patients if all(patients) else list(first), return_inverse=True)[1]
-    strata = {"normal": np.array([is_normal(text) for text in references])}
-    strata["abnormal"] = ~strata["normal"]
-    for kind, _ in Counter(kinds.tolist()).most_common():
-        strata[f"modality {kind or 'not given'}"] = kinds == kind
-    strata = {name: mask for name, mask in strata.items() if 0 < mask.sum() < len(first)}
-    return Cases(list(first), findings, references, clusters, all(patients), strata), [
-        System(name, str(path), [rows[i]["prediction"] for i in first], [rows[i]["stop_reason"] for i in first])
-        for path, (name, rows) in zip(paths, read, strict=True)
+def clinical_checks(cases: Cases, systems: Sequence[System]) -> tuple[dict[str, Floats], list[list[list[Claim]]]]:
+    """Columns (systems, n) of the clinical checks, and the unsupported claims of each answer [system][case]."""
+    todo = [
+        (cases.findings[i], cases.contexts[i], cases.references[i], system.predictions[i])
+        for system, i in product(systems, range(len(cases.ids)))
     ]
+    place = {case: k for k, case in enumerate(dict.fromkeys(todo))}
+    found = _clinical_all(list(place))
+    where = np.reshape([place[case] for case in todo], (len(systems), -1))
+    numbers = np.array([numbers for numbers, _ in found], float)[where]  # (systems, n, checks)
+    columns = {name: numbers[:, :, k] for k, name in enumerate(CHECKS)}
+    return columns, [[found[k][1] for k in row] for row in where.tolist()]
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def constant_impression(impressions: list[str], seed: int = 0, candidates: int = 50, sample: int = 1000) -> str:
-    """The best single answer to everything: of the most frequent training impressions (case and punctuation
-    aside, ties drawn by the seed) the one with the highest mean ROUGE-L against a seeded sample of them all."""
-    shuffled = [impressions[i] for i in np.random.default_rng([seed, 2]).permutation(len(impressions))]
-    keys, targets = [" ".join(_words(text)) for text in shuffled], shuffled[:sample]
-    frequent = [key for key, _ in Counter(keys).most_common(candidates)]
-    scores = rouge(targets * len(frequent), [key for key in frequent for _ in targets])["rougeL"]
-    best = frequent[np.reshape(scores, (len(frequent), -1)).mean(1).argmax()]
-    return Counter(text for key, text in zip(keys, shuffled, strict=True) if key == best).most_common(1)[0][0]
-
-
-def nearest(train: list[str], queries: list[str]) -> list[int]:
-    """For each query the index of the training text with the highest TF-IDF cosine; the earliest wins a tie.
-    Weight: (1 + ln tf) (1 + ln((1 + N) / (1 + df))) over words [a-z0-9]+ in lower case, N distinct training texts."""
-    first: dict[str, int] = {}
-    for i, text in enumerate(train):
-        first.setdefault(" ".join(_words(text)), i)
-    vocabulary: dict[str, int] = {}
-    terms, docs, counts = array("i"), array("i"), array("i")
-    for doc, text in enumerate(tqdm(first, "neighbour index", disable=None, leave=False)):
-        for word, count in Counter(text.split()).items():
-            terms.append(vocabulary.setdefault(word, len(vocabulary)))
-            docs.append(doc)
-            counts.append(count)
-    term, owner = np.array(terms), np.array(docs)
-    df = np.bincount(term, minlength=len(vocabulary))
-    idf = 1 + np.log((1 + len(first)) / (1 + df))
-    weight = (1 + np.log(np.array(counts))) * idf[term]
-    weight /= np.sqrt(np.bincount(owner, weight**2, minlength=len(first)))[owner]
-    order = np.argsort(term, kind="stable")  # postings: each term's documents, one after another
-    owner, weight, ends = owner[order], weight[order].astype(np.float32), np.cumsum(df)
-    index, found = list(first.values()), []
-    for query in tqdm(queries, "nearest neighbour", disable=None, leave=False):
-        score = np.zeros(len(first), np.float32)
-        for word, count in Counter(word for word in _words(query) if word in vocabulary).items():
-            t = vocabulary[word]
-            span = slice(ends[t] - df[t], ends[t])
-            score[owner[span]] += np.float32((1 + np.log(count)) * idf[t]) * weight[span]
-        found.append(index[int(score.argmax())])
-    return found
-
-
-def baselines(cases: Cases, train: Path, seed: int = 0) -> list[System]:
-    """Three systems that any model must beat, from training pairs (rows with `findings` and `impression`)."""
-    problems: list[str] = []
-    rows = [row for _, row in _read_jsonl(train, ("findings", "impression"), problems)]
-    findings = dict(zip(cases.ids, map(_words, cases.findings), strict=True))
-    if leaked := [row["id"] for row in rows if findings.get(str(row.get("id"))) == _words(row["findings"])]:
-        problems.append(f"{train}: holds {len(leaked)} scored cases ({_some(leaked)}); give training data only")
-    _raise_if(problems)
-    near = nearest([row["findings"] for row in rows], cases.findings)
-    constant = constant_impression([row["impression"] for row in rows], seed)
-    answers = ([constant] * len(near), cases.findings, [rows[i]["impression"] for i in near])
-    return [
-        System(name, f"baseline from {train}", answer, [None] * len(answer))
-        for name, answer in zip(BASELINES, answers, strict=True)
-    ]
-
-
-def _score(
-    cases: Cases, systems: list[System], report: dict[str, Any], model: str | None, **options: Any
+def _bertscore(
+    cases: Cases, systems: Sequence[System], report: dict[str, Any], model: str, **options: Any
 ) -> dict[str, Floats]:
-    """The columns: metric -> scores (systems, n). Signatures and problems go into the report."""
     references = cases.references * len(systems)  # all systems in one call: a model is loaded once
     predictions = [text for system in systems for text in system.predictions]
-    columns = rouge(references, predictions)
     try:
-        found = bertscore(references, predictions, model=model, rescale=True, **options) if model is not None else {}
-    except (OSError, ValueError, RuntimeError, AssertionError, ImportError, KeyError) as error:
+        found = bertscore(references, predictions, model=model, rescale=True, **options)
+    except Exception as error:  # a missing, damaged or too large model fails in many ways; the rest must go on
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         report["problems"].append(
             f"no BERTScore with {model!r}: {reason}. Without a network give a local folder of "
             "the model and --bertscore-layers; short of memory, lower --batch-size"
         )
-        found = {}
-    for metric, key in (("bertscore", ""), (*DERIVED, "_rescaled")):
-        if found.get(f"f1{key}"):
-            columns[metric], report["signatures"][metric] = found[f"f1{key}"], found[f"hash{key}"]
-    if found:
-        report["versions"] |= {name: metadata.version(name) for name in ("bert-score", "torch", "transformers")}
-    return {metric: np.reshape(values, (len(systems), -1)) for metric, values in columns.items()}
+        return {}
+    report["versions"] |= {name: metadata.version(name) for name in ("bert-score", "torch", "transformers")}
+    columns = {}
+    for metric, key in (("bertscore", ""), ("bert_rescaled", "_rescaled")):
+        if found[f"f1{key}"]:
+            columns[metric] = np.reshape(found[f"f1{key}"], (len(systems), -1))
+            report["signatures"][metric] = found[f"hash{key}"]
+    return columns
 
 
-def _per_case(cases: Cases, systems: list[System], columns: dict[str, Floats]) -> Iterable[dict[str, Any]]:
+def _judge(
+    cases: Cases, systems: Sequence[System], report: dict[str, Any], client: Client, seed: int, batch_in: Sequence[Path]
+) -> tuple[dict[str, Floats], dict[str, Any] | None]:
+    """The judge's columns and its whole result. Where it cannot be asked, `problems` says so and the rest goes on."""
+    try:
+        result = judge.judge_systems(
+            _judge_cases(cases),
+            {system.name: system.predictions for system in systems},
+            client,
+            seed=seed,
+            batch_in=batch_in,
+        )
+    except (OSError, ValueError) as error:  # the screen's IdentifiersFound among them: nothing was sent then
+        report["problems"].append(f"no judge: {error}")
+        return {}, None
+    columns = {
+        f"judge_{criterion}": np.array([result["scores"][system.name][criterion] for system in systems], float)
+        for criterion in CRITERIA
+    }
+    serious = [
+        [
+            None if errors is None else sum(error["severity"] in SERIOUS for error in errors)
+            for errors in result["errors"][system.name]
+        ]
+        for system in systems
+    ]
+    columns["judge_serious_errors"] = np.array(serious, float)
+    report["signatures"]["judge"] = result["signature"]
+    report["problems"] += result["problems"]
+    if result["failures"]:
+        counts = ", ".join(f"{reason} {count}" for reason, count in result["failure_counts"].items())
+        report["problems"].append(
+            f"{len(result['failures'])} of the judge's answers failed and count nowhere: {counts}"
+        )
+    keep = ("failures", "failure_counts", "usage", "empty")
+    report["judge"] = {key: result[key] for key in keep} | {
+        "pairs": [{k: v for k, v in pair.items() if k != "outcomes"} for pair in result["pairs"]],
+        "errors": {system.name: judge.error_counts(result["errors"][system.name]) for system in systems},
+    }
+    return columns, result
+
+
+def _judge_cases(cases: Cases) -> list[dict[str, str]]:
+    rows = zip(cases.ids, cases.findings, cases.references, strict=True)
+    return [{"id": case, "findings": findings, "reference": reference} for case, findings, reference in rows]
+
+
+def _per_case(cases: Cases, systems: Sequence[System], columns: dict[str, Floats]) -> Iterable[dict[str, Any]]:
     """A row for each system and case: scores and strata, no report text."""
     for (s, system), (i, case) in product(enumerate(systems), enumerate(cases.ids)):
         yield {
             "id": case,
             "system": system.name,
-            **{metric: float(column[s, i]) for metric, column in columns.items()},
+            **{metric: _number(column[s, i]) for metric, column in columns.items()},
             "empty": not system.predictions[i].strip(),
             "stop_reason": system.stop_reasons[i],
             "strata": [name for name, mask in cases.strata.items() if mask[i]],
         }
 
 
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _page_cases(
+    cases: Cases,
+    systems: Sequence[System],
+    columns: dict[str, Floats],
+    claims: list[list[list[Claim]]],
+    verdicts: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """What the scorecard shows of each case. Kinds of errors: aspects that differ, and what the judge says."""
+    judged = verdicts["errors"] if verdicts else {}
+
+    def errors(s: int, i: int) -> list[str]:
+        name = systems[s].name
+        found = (judged[name][i] or ()) if name in judged else ()
+        kinds = dict.fromkeys(f"judge: {error['type']}" for error in found)
+        return [aspect.removeprefix("clinical_") for aspect in ASPECTS if columns[aspect][s, i] < 1] + list(kinds)
+
+    return [
+        {
+            "id": case,
+            "findings": cases.findings[i],
+            "reference": cases.references[i],
+            "context": cases.contexts[i] or None,
+            "strata": [name for name, mask in cases.strata.items() if mask[i]],
+            "systems": {
+                system.name: {
+                    "prediction": system.predictions[i],
+                    "stop_reason": system.stop_reasons[i],
+                    "scores": {name: _number(column[s, i]) for name, column in columns.items()},
+                    "unsupported": [{"kind": kind, "start": a, "end": b} for kind, a, b in claims[s][i]],
+                    "errors": errors(s, i),
+                }
+                for s, system in enumerate(systems)
+            },
+        }
+        for i, case in enumerate(cases.ids[:PAGE_LIMIT])
+    ]
+
+
 def _write(path: Path, rows: Iterable[dict[str, Any]], indent: int | None = None) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
+            file.writelines(json.dumps(row, indent=indent, allow_nan=False) + "\n" for row in rows)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -288,25 +242,22 @@ def evaluate(
     device: str | None = None,
     resamples: int = 10_000,
     seed: int = 0,
+    judge_client: Client | None = None,
+    batch_in: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Score the systems of one or several predictions files on the same cases, and with `train` the baselines too.
 
     Returns what goes into `out`/metrics.json (`format_report` prints it); `out`/per_case.jsonl gets a row for each
-    system and case. Intervals: 95 % percentile bootstrap, over patients where every case has a `patient_id`. All pairs
-    of systems are compared. Where BERTScore cannot be had, `problems` says so and the rest goes on. ValueError names
-    all that is wrong with the input by file, line or id.
+    system and case, `out`/scorecard.html the page, `out`/judge.jsonl the judge's verdicts. Intervals: 95 % percentile
+    bootstrap, over patients where every case has a `patient_id`. All pairs of systems are compared. Where BERTScore or
+    the judge cannot be had, `problems` says so and the rest goes on; so it does where the screen finds an identifier
+    (then nothing was sent). The judge does not see the trivial baselines.
+    ValueError names all that is wrong with the input by file, line or id.
     """
     if resamples < 1 or batch_size < 1:
         raise ValueError(f"resamples is {resamples} and batch_size {batch_size}; both must be at least 1")
     cases, systems = load([Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)], names)
-    if train is not None:
-        systems += baselines(cases, Path(train), seed)
-    labels = [system.name for system in systems]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"a system has the name of a baseline ({_some(BASELINES)}); rename it with --names")
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # before the work: a bad path costs nothing
-
+    judged = len(systems)
     report: dict[str, Any] = {
         "cases": len(cases.ids),
         "clusters": len(set(cases.clusters.tolist())),
@@ -314,20 +265,63 @@ def evaluate(
         "seed": seed,
         "clustered_by": "patient_id" if cases.by_patient else None,
         "problems": [],
-        "signatures": {"normal": NORMAL_RULE, "rouge": rouge_signature()},
+        "signatures": {
+            "normal": NORMAL_RULE,
+            "rouge": rouge_signature(),
+            "clinical": f"radllama.clinical rules {clinical.VERSION}",
+        },
         "versions": {name: metadata.version(name) for name in ("rouge-score", "nltk", "numpy")},
     }
-    columns = _score(
-        cases, systems, report, bertscore_model, num_layers=bertscore_layers, batch_size=batch_size, device=device
-    )
-    metrics = list(columns)
+    if train is not None:
+        if {system.name for system in systems} & set(BASELINES):
+            raise ValueError(f"a system has the name of a baseline ({some(BASELINES)}); rename it with --names")
+        more, close = baselines(cases, Path(train), seed)
+        systems += more
+        report["near_training"] = int(close.sum())
+        report["signatures"]["near"] = f"word trigrams of findings and impression, Jaccard >= {NEAR}"
+        if 0 < close.sum() < len(close):
+            cases = replace(cases, strata={"near training": close, "not near training": ~close, **cases.strata})
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before the work: a bad path costs nothing
+
+    checks, claims = clinical_checks(cases, systems)  # first: a process with torch inside is better not forked
+    answers = [text for system in systems for text in system.predictions]
+    lexical = rouge(cases.references * len(systems), answers)
+    columns = {metric: np.reshape(values, (len(systems), -1)) for metric, values in lexical.items()}
+    if bertscore_model is not None:
+        options = {"num_layers": bertscore_layers, "batch_size": batch_size, "device": device}
+        columns |= _bertscore(cases, systems, report, bertscore_model, **options)
+    columns |= checks
+    verdicts = None
+    if judge_client is not None:
+        asked, verdicts = _judge(cases, systems[:judged], report, judge_client, seed, batch_in)
+        missing = np.full((len(systems) - judged, len(cases.ids)), np.nan)
+        columns |= {metric: np.concatenate([column, missing]) for metric, column in asked.items()}
+
+    tables(report, cases, systems, columns)
+    if out is not None:
+        folder = Path(out)
+        if len(cases.ids) > PAGE_LIMIT:
+            report["problems"].append(f"scorecard.html shows the first {PAGE_LIMIT:,} of {len(cases.ids):,} cases")
+        if verdicts is not None:
+            _write(folder / "judge.jsonl", judge.judge_rows(verdicts))
+        _write(folder / "per_case.jsonl", _per_case(cases, systems, columns))
+        _write(folder / "metrics.json", [report], indent=2)
+        write_scorecard(report, _page_cases(cases, systems, columns, claims, verdicts), folder / "scorecard.html")
+    return report
+
+
+def tables(report: dict[str, Any], cases: Cases, systems: Sequence[System], columns: dict[str, Floats]) -> None:
+    """Means, intervals, strata and comparisons into the report."""
+    metrics, clusters = list(columns), cases.clusters
+    resamples, seed = report["resamples"], report["seed"]
     scores = np.stack([column.T for column in columns.values()], axis=2)  # (n, systems, metrics)
-    overall = summarise(scores, metrics, cases.clusters, resamples, seed)
+    overall = summarise(scores, metrics, clusters, resamples, seed)
     strata = {
-        name: summarise(scores[mask], metrics, cases.clusters[mask], resamples, seed)
-        for name, mask in cases.strata.items()
+        name: summarise(scores[mask], metrics, clusters[mask], resamples, seed) for name, mask in cases.strata.items()
     }
     report |= {"metrics": metrics, "strata": {name: int(mask.sum()) for name, mask in cases.strata.items()}}
+    report["lower_is_better"] = [metric for metric in LOWER_IS_BETTER if metric in metrics]
     report["systems"] = {
         system.name: {
             "source": system.source,
@@ -340,14 +334,16 @@ def evaluate(
         for s, system in enumerate(systems)
     }
     tested = [metric for metric in metrics if metric not in DERIVED]
-    columns_tested = scores[:, :, [metrics.index(metric) for metric in tested]]
-    report["comparisons"] = (
-        compare_systems(columns_tested, labels, tested, cases.clusters, resamples, seed) if len(systems) > 1 else []
-    )
-    if out is not None:
-        _write(Path(out) / "per_case.jsonl", _per_case(cases, systems, columns))
-        _write(Path(out) / "metrics.json", [report], indent=2)
-    return report
+    paired = scores[:, :, [metrics.index(metric) for metric in tested]]
+    labels = [system.name for system in systems]
+    rows = compare_systems(paired, labels, tested, clusters, resamples, seed) if len(systems) > 1 else []
+    for _, pair in groupby(rows, key=lambda row: (row["a"], row["b"])):
+        # What no case has in both (a judge's score, against a baseline) is no test, and no part of Holm's family.
+        both = list(pair)
+        adjusted = iter(holm([row["p"] for row in both if row["difference"] is not None]))
+        for row in both:
+            row |= {"p": None, "p_holm": None} if row["difference"] is None else {"p_holm": next(adjusted)}
+    report["comparisons"] = rows
 
 
 def _decimal(value: float, sign: str = "") -> str:
@@ -356,22 +352,48 @@ def _decimal(value: float, sign: str = "") -> str:
 
 
 def _cell(entry: dict[str, Any], key: str, sign: str = "") -> list[str]:
+    if entry[key] is None:
+        return ["-"]
     spread = "" if entry["low"] is None else f"[{_decimal(entry['low'], sign)},{_decimal(entry['high'], sign)}]"
     return [_decimal(entry[key], sign), spread, *([f"p {entry['p_holm']:.4f}"] if "p_holm" in entry else [])]
 
 
+def _title(metric: str) -> str:
+    """A column's heading in at most 13 characters."""
+    name = metric.removeprefix("clinical_" if metric in ASPECTS else "judge_")
+    return TITLES.get(name, name)[:13]
+
+
 def _table(corner: str, names: list[str], columns: list[tuple[str, list[list[str]]]]) -> list[str]:
-    """Lines of at most 80 characters: names in 24, then four columns of 14, in as many blocks as it takes."""
+    """Lines of at most 80 characters: names in 24, then four columns of 14, in as many blocks as it takes. A column is
+    its title and for each name the lines of its cell; titles may have several lines, too."""
     lines = []
     corner, *names = [name if len(name) <= 23 else f"{name[:10]}...{name[-10:]}" for name in [corner, *names]]
     for start in range(0, len(columns), 4):
-        block = columns[start : start + 4]
-        lines.append(f"{corner:24}" + "".join(f"{title:>14}" for title, _ in block))
-        for s, name in enumerate(names):
-            for k in range(len(block[0][1][s])):
-                cells = "".join(f"{cells[s][k]:>14}" for _, cells in block)
+        block = [[title.split("\n"), *cells] for title, cells in columns[start : start + 4]]
+        for s, name in enumerate([corner, *names]):
+            for k in range(max(len(column[s]) for column in block)):
+                cells = "".join(f"{column[s][k] if k < len(column[s]) else '':>14}" for column in block)
                 lines.append(f"{name if k == 0 else '':24}{cells}".rstrip())
         lines.append("")
+    return lines
+
+
+def _rate(count: int, system: dict[str, Any], cases: int) -> list[str]:
+    """How many answers, and their share; "-" where nothing is known of how they stopped."""
+    return [f"{count:,}", f"{count / cases:.1%}"] if system["stopped"] or system["truncated"] else ["-"]
+
+
+def _judge_table(report: dict[str, Any]) -> list[str]:
+    said, systems = report["judge"], report["systems"]
+    names = list(said["errors"])  # the judge sees no baseline
+    cells = [(_title(m), [_cell(systems[name]["metrics"][m], "mean") for name in names]) for m in JUDGED]
+    lines = _table("judge, from 1 to 5", names, cells)
+    lines[-1:] = ["serious err.: significant or urgent errors in a case; less is better", ""]
+    if said["pairs"]:
+        keys = {"better": "wins_a", "tie": "ties", "worse": "wins_b", "order decided": "order_dependent"}
+        cells = [(title, [[f"{pair[key]:,}"] for pair in said["pairs"]]) for title, key in keys.items()]
+        lines += _table(f"judge: {names[0]} or ...", [pair["b"] for pair in said["pairs"]], cells)
     return lines
 
 
@@ -379,30 +401,52 @@ def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
     """What `evaluate` returned, as text for a terminal of 80 columns; `brief`: the headline table alone."""
     systems, metrics, names = report["systems"], report["metrics"], list(report["systems"])
     unit = f"{report['clusters']:,} patients" if report["clustered_by"] else "cases (no patient ids)"
-    lines = [f"{report['cases']:,} cases; mean, 95 % interval from {report['resamples']:,} resamples of {unit}", ""]
+    head = f"{report['cases']:,} cases; mean, 95 % interval from {report['resamples']:,} resamples of {unit}"
+    if "near_training" in report:
+        head += f"; near a training report: {report['near_training']:,}"
+    lines = [*textwrap.wrap(head, 80), ""]
+    hidden = {*ASPECTS, *JUDGED}
     lines += _table(
         "system",
         names,
-        [(metric, [_cell(systems[name]["metrics"][metric], "mean") for name in names]) for metric in metrics],
+        [
+            (_title(metric), [_cell(systems[name]["metrics"][metric], "mean") for name in names])
+            for metric in metrics
+            if metric not in hidden and (not brief or metric in ("rouge1", "rouge2", "rougeL", "clinical_f1"))
+        ],
     )
     if brief:
         return "\n".join(lines).rstrip()
     lines += _table(
+        "clinical F1 by aspect",
+        names,
+        [(_title(metric), [_cell(systems[name]["metrics"][metric], "mean") for name in names]) for metric in ASPECTS],
+    )
+    if "judge" in report:
+        lines += _judge_table(report)
+    lines += _table(
         "answers that are",
         names,
-        [(key, [[f"{systems[name][key]:,}"] for name in names]) for key in ("empty", "stopped", "truncated")],
+        [("empty", [[f"{systems[name]['empty']:,}"] for name in names])]
+        + [
+            (key, [_rate(systems[name][key], systems[name], report["cases"]) for name in names])
+            for key in ("stopped", "truncated")
+        ],
     )
+    shown = list(report["strata"].items())[:12]
     lines += _table(
         "rougeL by stratum",
         names,
         [
             (
-                f"{title.removeprefix('modality ')[: 12 - len(f'{size:,}')]} {size:,}",
+                "\n".join([*textwrap.wrap(title.removeprefix("modality "), 13)[:2], f"{size:,}"]),
                 [_cell(systems[name]["strata"][title]["rougeL"], "mean") for name in names],
             )
-            for title, size in report["strata"].items()
-        ][:12],
+            for title, size in shown
+        ],
     )
+    if more := len(report["strata"]) - len(shown):
+        lines[-1:] = [f"{more} more strata are in metrics.json, as are the other metrics of each", ""]
     rows = {(row["b"], row["metric"]): row for row in report["comparisons"] if row["a"] == names[0]}
     if rows:
         lines += ["paired difference, its 95 % interval, p (approximate randomisation; Holm)", ""]
@@ -410,7 +454,7 @@ def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
             f"{names[0]} - ...",
             names[1:],
             [
-                (metric, [_cell(rows[name, metric], "difference", "+") for name in names[1:]])
+                (_title(metric), [_cell(rows[name, metric], "difference", "+") for name in names[1:]])
                 for metric in metrics
                 if metric not in DERIVED
             ],
@@ -420,19 +464,67 @@ def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
+def _predict(args: argparse.Namespace) -> None:
+    """Impressions by another model for the first file's cases, as one more predictions file in `args`; for a dry run
+    or a batch file a plan is printed instead."""
+    rows = read_rows(args.paths[0], ("id", "findings", "reference"))
+    cases = [{k: v for k, v in row.items() if k not in ("prediction", "model", "stop_reason")} for row in rows]
+    with closing(judge.client_from(args.predict_with, args.judge_url, args)) as client:
+        answers, result = judge.predict_with(
+            cases, args.instruction, client, dry_run=args.dry_run, batch_out=args.batch_out, batch_in=args.batch_in
+        )
+    if args.dry_run or args.batch_out:
+        print("\n".join([judge.format_plan(result), *(f"wrote {file}" for file in result.get("files", ()))]))
+        return
+    for problem in result["problems"]:
+        print(f"warning: {problem}", file=sys.stderr)
+    print(_wrapped(judge.format_usage(result["usage"])))
+    if failures := result["failures"]:
+        listed = [f"{failure['id']}: {failure['reason']}" for failure in failures[:20]]
+        listed += [f"... and {len(failures) - 20:,} more"] * (len(failures) > 20)
+        raise ValueError(
+            f"{args.predict_with} gave no impression for {len(failures):,} of {len(cases):,} cases. What it gave is "
+            f"kept in {args.cache}: run again to ask for the rest (--retry-failed: also where it refused), or take "
+            "these cases out of the predictions files\n  " + "\n  ".join(listed)
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    path: Path = args.out / f"predictions-{re.sub(r'[^A-Za-z0-9.-]+', '-', args.predict_with)}.jsonl"
+    _write(path, answers)
+    print(f"wrote {path}")
+    args.paths = [*args.paths, path]
+    args.names = [*args.names, args.predict_with] if args.names else None
+
+
+def _plan_judge(args: argparse.Namespace, client: Client) -> None:
+    """--dry-run and --batch-out: what the judge would be asked."""
+    cases, systems = load(args.paths, args.names)
+    answers = {system.name: system.predictions for system in systems}
+    if args.predict_with:
+        answers[args.predict_with] = cases.references
+        print(f"for the judge, the references stand in for what {args.predict_with} is going to write")
+    plan = judge.judge_systems(
+        _judge_cases(cases), answers, client, seed=args.seed, dry_run=args.dry_run, batch_out=args.batch_out
+    )
+    print("\n".join([judge.format_plan(plan), *(f"wrote {file}" for file in plan.get("files", ()))]))
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(line for long in text.splitlines() for line in textwrap.wrap(long, 80, subsequent_indent="  "))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m radllama.eval",
         description=(
             "Score predictions.jsonl files (a line: id, findings, reference, prediction, model, stop_reason) of one or "
-            "several systems on the same cases: ROUGE, BERTScore, intervals, paired tests, trivial baselines. "
+            "several systems on the same cases: ROUGE, BERTScore, clinical checks, a language model as a judge; "
+            "intervals, paired tests, trivial baselines; a table, metrics.json, per_case.jsonl and scorecard.html. "
             "The printed table compares the first system with the others, metrics.json all pairs."
         ),
     )
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PREDICTIONS", help="one file for each system")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets metrics.json and per_case.jsonl")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets metrics.json, per_case.jsonl, scorecard.html")
     add("--names", nargs="+", metavar="NAME", help="the systems' names, one a file (default: model in the rows)")
     add("--train", type=Path, metavar="PAIRS", help=f"training pairs.jsonl: adds {', '.join(BASELINES)}")
     add("--bertscore", dest="bertscore_model", metavar="MODEL", help="add BERTScore by this model (name or folder)")
@@ -442,19 +534,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--brief", action="store_true", help="print the headline table alone")
     add("--resamples", type=int, default=10_000, metavar="N", help="in bootstrap and test (default: 10000)")
     add("--seed", type=int, default=0, metavar="S", help="of all random draws (default: 0)")
+    add("--judge", metavar="MODEL", help="let this model judge the impressions (gpt-4o, or any on --judge-url)")
+    add("--predict-with", metavar="MODEL", help="let this model write impressions, too, as one more system")
+    add("--instruction", help="for --predict-with: the wording that the other systems were given")
+    add("--judge-url", metavar="URL", help="an OpenAI-compatible server's base address (default: OpenAI's)")
+    judge.add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for bad input."""
+    parser = _parser()
     args = parser.parse_args(argv)
-    options = vars(args)
-    brief = options.pop("brief")
+    if args.predict_with and not args.instruction:
+        parser.error("--predict-with needs --instruction, the wording that the other systems were given")
+    if (args.dry_run or args.batch_out or args.batch_in) and not (args.judge or args.predict_with):
+        parser.error("--dry-run, --batch-out and --batch-in go with --judge or --predict-with")
+    if (args.batch_out or args.batch_in) and args.judge and args.predict_with:
+        parser.error("a batch is for --judge or for --predict-with: get the impressions first, then judge them")
     try:
-        report = evaluate(**options)
+        report = _run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if report is None:
+        return 0
     for problem in report["problems"]:
         print(f"warning: {problem}", file=sys.stderr)
-    print(format_report(report, brief=brief))
-    print(f"\nwrote {args.out / 'metrics.json'} and {args.out / 'per_case.jsonl'}")
+    print(format_report(report, brief=args.brief))
+    if "judge" in report:
+        print(_wrapped(judge.format_usage(report["judge"]["usage"])))
+    names = ("metrics.json", "per_case.jsonl", "scorecard.html", *(["judge.jsonl"] if "judge" in report else []))
+    print("\nwrote " + ", ".join(str(args.out / name) for name in names))
     return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the command line asks for; None where a plan was all. What is wrong shows before anything is paid for."""
+    if missing := [path for path in args.batch_in if not path.is_file()]:
+        raise ValueError(f"--batch-in: no such file: {some(missing)}; give the output of a finished batch")
+    plan_alone = args.dry_run or args.batch_out is not None
+    client = judge.client_from(args.judge, args.judge_url, args) if args.judge else None
+    with nullcontext() if client is None else closing(client):
+        if client and not (plan_alone or args.batch_in):
+            client.require_permission()
+        if args.predict_with:
+            _, systems = load(args.paths, args.names)
+            if args.predict_with in [system.name for system in systems]:
+                raise ValueError(f"a system is named {args.predict_with!r} already; rename it with --names")
+            _predict(args)
+        if plan_alone:
+            if client:
+                _plan_judge(args, client)
+            return None
+        keys = "paths names train out bertscore_model bertscore_layers batch_size device resamples seed batch_in"
+        return evaluate(**{key: getattr(args, key) for key in keys.split()}, judge_client=client)
 
 
 if __name__ == "__main__":

@@ -184,11 +184,11 @@ _CANDIDATES = {  # by whether the text is ASCII, which most are: that spares a b
     for ascii_only in (True, False)
 }
 _TAIL = re.compile(  # what may follow the phrase
-    r"(?:\(s\))?+"
+    r"(?:\(s\))?"
     rf"(?P<more>(?:(?: *[/&+,] *(?:and +)?|-| +(?:and|or|with) +)(?:{_FINDINGS}|{_IMPRESSION}|plan|recommendations?|"
-    r"comments?|technique|procedure|indications?|history|comparisons?|follow-?up|discussion|advice)(?!\w)){0,4}+)"
-    r"(?: *+\([^()\n]{0,80}\)| *+(?:# *+)?\d{1,2}(?= *+(?::|\n|\Z))|"
-    r"(?P<of> ++(?:of|for|by|on|from|per|dictated|at) (?:[^:.\n]|(?<=dr)\.){1,60}(?=:)))?+ *+"
+    r"comments?|technique|procedure|indications?|history|comparisons?|follow-?up|discussion|advice)(?!\w)){0,4})"
+    r"(?: *\([^()\n]{0,80}\)| *(?:# *)?\d{1,2}(?= *(?::|\n|\Z))|"
+    r"(?P<of> ++(?:of|for|by|on|from|per|dictated|at) (?:[^:.\n]|(?<=dr)\.){1,60}(?=:)))? *+"
     r"(?P<sep>:|\.{2,}|;(?= )|-+(?= )|[.;-]*+ *+(?=\n|\Z))?"
 )
 _SPACES_RUN = re.compile(" {2,}")

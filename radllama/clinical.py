@@ -501,9 +501,18 @@ _NO_COMPARISON = re.compile(r"comparison:?\s*(?:none\b|no\b|n/a|not |$)[^.\n]*",
 _HAS_COMPARISON = re.compile(r"comparison:?\s*\S|\b(?:prior|previous|compared|comparison)\b", re.I)
 
 
-def _both(sides: Iterable[str | None]) -> set[str]:
+_LEFT, _RIGHT = frozenset({"left"}), frozenset({"right"})
+_SIDES: dict[Side | None, frozenset[str]] = {
+    None: frozenset(),
+    "left": _LEFT,
+    "right": _RIGHT,
+    "bilateral": _LEFT | _RIGHT,
+}
+
+
+def _both(sides: Iterable[Side | None]) -> frozenset[str]:
     """Left and right for "bilateral"."""
-    return {side for name in sides if name for side in (("left", "right") if name == "bilateral" else (name,))}
+    return frozenset().union(*{_SIDES[side] for side in sides})
 
 
 def _rounded(value: float, unit: str, known: set[Number]) -> bool:
@@ -530,10 +539,7 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
         if item.concept and not advice:  # "no central mass" denies no mass of a size that the findings give
             yield *(("entity", True) if sized else _entity_check(item, positive, told)), *span
         if item.side and not advice:
-            same = _both(other.side for other in positive if _same(item, other))
-            there = (o for o in source if item.concept and item.organ and o.organ == item.organ)
-            near = _both(o.side for o in there if not (o.negated and o.side == "bilateral"))  # "in either breast"
-            yield "side", _both([item.side]) <= (same or near or anywhere), *span
+            yield "side", _side_check(item, source, positive, anywhere), *span
         if not advice:
             for number in item.numbers:
                 yield "number", _rounded(*number, numbers), *span
@@ -541,8 +547,18 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
             yield "prior", prior, *span
 
 
+def _side_check(item: _Item, source: Sequence[_Item], positive: Sequence[_Item], anywhere: frozenset[str]) -> bool:
+    """A side must stand beside the same finding, or else beside its organ, or else anywhere."""
+    same = _both(other.side for other in positive if _same(item, other))
+    there = (o for o in source if item.concept and item.organ and o.organ == item.organ)
+    near = _both(o.side for o in there if not (o.negated and o.side == "bilateral"))  # "in either breast"
+    return _SIDES[item.side] <= (same or near or anywhere)
+
+
 def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item]) -> tuple[Kind, bool]:
     """A denial fails where the findings affirm it; an assertion fails where they deny it or hold nothing related."""
+    if not item.negated and any(o.concept and _same(item, o) for o in positive):
+        return "entity", True
     affirmed = [other for other in told if other.concept and not other.negated and other.concept != "category"]
     denied = [other for other in told if other.negated]
     if item.negated:
@@ -555,8 +571,6 @@ def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item])
             same = [o for o in same if related(item.organ, o.organ) and _sides_meet(item, o)]
             clash = [o for o in same if not any(d.concept == item.concept and _sides_meet(d, o) for d in denied)]
         return "negation", item.uncertain or not clash  # "no suspicious nodule" leaves room for another
-    if any(_same(item, o) for o in positive if o.concept):
-        return "entity", True
     if any(_implies(o, item._replace(negated=True)) for o in denied if o.concept == item.concept):
         return "negation", False
     if item.concept == "abnormality":
@@ -572,7 +586,7 @@ def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item])
 
 
 def _sides_meet(a: _Item, b: _Item) -> bool:
-    return not a.side or not b.side or bool(_both([a.side]) & _both([b.side]))
+    return not a.side or not b.side or bool(_SIDES[a.side] & _SIDES[b.side])
 
 
 def _near(a: _Item, b: _Item) -> bool:

@@ -505,7 +505,7 @@ _ANSWERS = re.compile(
     "|".join(
         sorted(
             {
-                phrase.split()[0 if "finding" in phrase else -1][:6]
+                max((word for word in phrase.split() if "finding" not in word), key=len)[:6]
                 for phrase, name in _NAMES.items()
                 if name[0] == "impression"
             }
@@ -535,6 +535,8 @@ def renumber(impression: str) -> str:
     ("BI-RADS 2.", "category 4.", "series 3."). Idempotent; nothing but markers and blanks changes.
     """
     text, before = _LINE_END.sub("\n", impression).strip(), ""
+    if "1" not in text and not _BULLET.search(f"\n{text}"):
+        return text
     while text != before:  # the only item of a list may be a list again
         before, text = text, _renumber_once(text)
     return text

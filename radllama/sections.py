@@ -501,18 +501,11 @@ def _repeats(impression: str, text: str) -> bool:
 
 
 # How one word of each impression heading begins: a text without any of these has no such heading.
-_ANSWERS = re.compile(
-    "|".join(
-        sorted(
-            {
-                max((word for word in phrase.split() if "finding" not in word), key=len)[:6]
-                for phrase, name in _NAMES.items()
-                if name[0] == "impression"
-            }
-        )
-    ),
-    re.I,
-)
+_ANSWERS = {
+    next(word for word in phrase.split() if not re.match("final|overall|radiol|radiog|imaging|diagnostic", word))[:6]
+    for phrase, name in _NAMES.items()
+    if name[0] == "impression"
+}
 
 
 def leaks(impression: str, prompt_text: str) -> bool:
@@ -522,7 +515,8 @@ def leaks(impression: str, prompt_text: str) -> bool:
     LEAK_WORDS words, as one block (case, punctuation and list numbers aside). A shorter impression ("No acute
     disease.") and a part of a longer one are what findings may say too. Give the prompt without the chat template.
     """
-    sections = parse_report(prompt_text).sections if _ANSWERS.search(prompt_text) else []
+    small = prompt_text.lower()
+    sections = parse_report(prompt_text).sections if any(stem in small for stem in _ANSWERS) else []
     headed = any(s.name in ("impression", "merged") and s.heading and _CONTENT.search(s.text) for s in sections)
     return headed or _repeats(impression, prompt_text)
 

@@ -50,7 +50,7 @@ demo: .venv/ready
 	@echo; echo "Written: runs/demo/best (the adapter), runs/demo/loss.png (the loss curve), runs/demo/metrics.jsonl,"
 	@echo "runs/demo/tuned.jsonl and base.jsonl (the impressions), runs/demo/eval (the scores)."
 
-# Real reports: CSV is the Indiana collection's indiana_reports.csv. An hour on two cores; SEEDS="0" does one of three.
+# Real reports: CSV is the Indiana collection's indiana_reports.csv. About an hour on two cores; SEEDS="0" does one of three.
 SEEDS ?= 0 1 2
 indiana: .venv/ready-reports
 	@test -f "$(CSV)" || { echo "usage: make indiana CSV=path/to/indiana_reports.csv"; exit 2; }

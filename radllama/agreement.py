@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radllama.client import read_rows, replace_text
+from radllama.files import read_rows, replace_text
 from radllama.rubric import CRITERIA, SERIOUS
 
 Floats = NDArray[np.float64]
@@ -189,8 +189,8 @@ def write_sheet(
         names[name] = {"id": cases[i]["id"], "systems": owners[i, text]}
         shown = (safe_cell(str(part)) for part in (cases[i]["findings"], cases[i]["reference"], text))
         writer.writerow([name, *shown, *[""] * len(COLUMNS), ""])
-    replace_text(Path(key), json.dumps(names, indent=1) + "\n")
-    replace_text(Path(sheet), "\ufeff" + out.getvalue())  # the mark tells Excel that it is UTF-8
+    replace_text(Path(key), json.dumps(names, indent=1) + "\n", private=True)
+    replace_text(Path(sheet), "\ufeff" + out.getvalue(), private=True)  # the mark tells Excel that it is UTF-8
     return len(items)
 
 

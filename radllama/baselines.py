@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from radllama.cases import Cases, System, raise_if, read_jsonl, some
+from radllama.cases import Cases, System
+from radllama.files import raise_if, read_jsonl, some
 from radllama.metrics import rouge
 
 BASELINES = ("constant", "findings copied", "nearest neighbour")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radllama.files import raise_if, read_jsonl, some
 from radllama.metrics import is_normal
 from radllama.stats import Ints
 
@@ -39,49 +39,6 @@ class System:
     source: str
     predictions: list[str]
     stop_reasons: list[str | None]
-
-
-def some(items: Sequence[object], limit: int = 5) -> str:
-    return ", ".join(map(str, items[:limit] or ["none"])) + f" and {len(items) - limit} more" * (len(items) > limit)
-
-
-def raise_if(problems: list[str], limit: int = 20) -> None:
-    if problems:
-        more = [f"... and {len(problems) - limit} more"] * (len(problems) > limit)
-        raise ValueError("\n  ".join(["the input cannot be scored:", *problems[:limit], *more]))
-
-
-def read_jsonl(path: Path, fields: Sequence[str], problems: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows whose `fields` are strings, not empty but for `prediction`. Others go into `problems`."""
-    rows, before = [], len(problems)
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = dict(json.loads(line.decode("utf-8-sig")))
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                except (ValueError, TypeError, RecursionError) as error:
-                    reason = getattr(error, "msg", None) or getattr(error, "reason", "not an object, or too deep")
-                    problems.append(f"{path} line {number}: invalid JSON ({reason}); write one object a line, in UTF-8")
-                    continue
-                if wrong := [
-                    key
-                    for key in fields
-                    if not isinstance(row.get(key), str) or not (row[key].strip() or key == "prediction")
-                ]:
-                    problems.append(
-                        f"{path} line {number}: {', '.join(wrong)} must be given as a string, not empty "
-                        "(only prediction may be); complete the row or delete it"
-                    )
-                else:
-                    rows.append((number, row))
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); check the path")
-    if not rows and len(problems) == before:
-        problems.append(f"{path}: holds no rows; expected one JSON object a line")
-    return rows
 
 
 def _read_system(path: Path, name: str | None, problems: list[str]) -> tuple[str, Rows]:

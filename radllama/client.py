@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from radllama.files import replace_text
+
 OPENAI = "https://api.openai.com/v1"
 MILLION = 1_000_000
 BATCH_CALLS, BATCH_BYTES = 50_000, 190 * MILLION  # a file of the Batch API: at most 50,000 requests and 200 MB
@@ -144,37 +146,6 @@ def with_settings(body: dict[str, Any], settings: dict[str, Any] | None) -> dict
     """A request with the user's settings over ours; None takes a setting out (some models know no temperature)."""
     changed = body | dict(sorted((settings or {}).items()))
     return {key: value for key, value in changed.items() if value is not None}
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file of our own eyes only under a name beside it, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(text.encode())
-    partial.replace(path)
-
-
-def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """JSON lines whose `needed` fields are strings; ValueError names file and line."""
-    rows = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = dict(json.loads(line.decode("utf-8-sig")))
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError(f"{path} line {number}: invalid JSON; write one object a line, in UTF-8") from None
-        if wrong := [key for key in needed if not isinstance(row.get(key), str)]:
-            raise ValueError(f"{path} line {number}: {', '.join(wrong)} must be given as a string")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: holds no rows; expected one JSON object a line")
-    return rows
 
 
 class Store:
@@ -467,7 +438,7 @@ class Client:
         path, written = Path(path), []
         for number, lines in enumerate(files if files[0] else [], 1):
             target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-            replace_text(target, "".join(lines))
+            replace_text(target, "".join(lines), private=True)
             written.append(target)
         return written
 

@@ -17,7 +17,7 @@ These are rules about words: good for scores over many reports, no reading of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -480,9 +480,9 @@ def compare(reference: str, prediction: str) -> dict[str, float | None]:
     a, b = _claims(reference), _claims(prediction)
     held_a, held_b = ([_holds(claim, b) for claim in a], [_holds(claim, a) for claim in b])
 
-    def f1(wanted: Callable[[str], bool]) -> float | None:
-        recalled = [held for (aspect, _, _), held in zip(a, held_a, strict=True) if wanted(aspect)]
-        precise = [held for (aspect, _, _), held in zip(b, held_b, strict=True) if wanted(aspect)]
+    def f1(aspects: set[str]) -> float | None:
+        recalled = [held for (aspect, _, _), held in zip(a, held_a, strict=True) if aspect in aspects]
+        precise = [held for (aspect, _, _), held in zip(b, held_b, strict=True) if aspect in aspects]
         if not recalled and not precise:
             return None
         if not any(recalled) or not any(precise):
@@ -490,29 +490,21 @@ def compare(reference: str, prediction: str) -> dict[str, float | None]:
         recall, precision = sum(recalled) / len(recalled), sum(precise) / len(precise)
         return 2 * recall * precision / (recall + precision)
 
-    scores = {name: f1(lambda aspect, name=name: aspect == name) for name in ASPECTS}  # type: ignore[misc]
-    return scores | {"clinical_f1": f1(lambda aspect: aspect != "negation")}
+    return {name: f1({name}) for name in ASPECTS} | {"clinical_f1": f1({*ASPECTS} - {"negation"})}
 
 
 # --- an impression against its findings
 
-_WORD = re.compile(r"[a-z]+")
 _NO_COMPARISON = re.compile(r"comparison:?\s*(?:none\b|no\b|n/a|not |$)[^.\n]*", re.I)
 _HAS_COMPARISON = re.compile(r"comparison:?\s*\S|\b(?:prior|previous|compared|comparison)\b", re.I)
 
 
-_LEFT, _RIGHT = frozenset({"left"}), frozenset({"right"})
-_SIDES: dict[Side | None, frozenset[str]] = {
-    None: frozenset(),
-    "left": _LEFT,
-    "right": _RIGHT,
-    "bilateral": _LEFT | _RIGHT,
-}
+_SIDES: dict[Side | None, str] = {None: "", "left": "l", "right": "r", "bilateral": "lr"}
 
 
-def _both(sides: Iterable[Side | None]) -> frozenset[str]:
-    """Left and right for "bilateral"."""
-    return frozenset().union(*{_SIDES[side] for side in sides})
+def _both(sides: Iterable[Side | None]) -> set[str]:
+    """The sides "l" and "r" of all together."""
+    return {letter for side in set(sides) for letter in _SIDES[side]}
 
 
 def _rounded(value: float, unit: str, known: set[Number]) -> bool:
@@ -528,7 +520,8 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
     source = told + [item for _, _, item in _items(context)]
     positive = [item for item in source if not item.negated]
     numbers = {number for item in source for number in item.numbers}
-    anywhere = _both(item.side for item in source) | {"left", "right"} & set(_WORD.findall(lower(findings + context)))
+    words = set(re.findall("[a-z]+", lower(findings + context)))
+    anywhere = _both(item.side for item in source) | {side[0] for side in ("left", "right") if side in words}
     prior = any(item.change for item in source) or bool(_HAS_COMPARISON.search(context))
     for start, _, item in _items(impression):
         if not item.concept and not item.change and not item.numbers:
@@ -547,12 +540,12 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
             yield "prior", prior, *span
 
 
-def _side_check(item: _Item, source: Sequence[_Item], positive: Sequence[_Item], anywhere: frozenset[str]) -> bool:
+def _side_check(item: _Item, source: Sequence[_Item], positive: Sequence[_Item], anywhere: set[str]) -> bool:
     """A side must stand beside the same finding, or else beside its organ, or else anywhere."""
     same = _both(other.side for other in positive if _same(item, other))
     there = (o for o in source if item.concept and item.organ and o.organ == item.organ)
     near = _both(o.side for o in there if not (o.negated and o.side == "bilateral"))  # "in either breast"
-    return _SIDES[item.side] <= (same or near or anywhere)
+    return _both([item.side]) <= (same or near or anywhere)
 
 
 def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item]) -> tuple[Kind, bool]:
@@ -579,19 +572,15 @@ def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item])
     places = {item.organ} | names
     home = LEXICON.organ_of.get(item.concept, "")
     supported = any(
-        o.concept in names or o.organ in places or (o.organ and home == o.organ) or (bool(o.concept) and _near(item, o))
+        o.concept in names or o.organ in places or (o.organ and home == o.organ)
+        or (o.concept and item.organ and o.organ and related(item.organ, o.organ))  # one organ within the other
         for o in positive
-    )
+    )  # fmt: skip
     return "entity", supported or (not item.organ and bool(affirmed))
 
 
 def _sides_meet(a: _Item, b: _Item) -> bool:
-    return not a.side or not b.side or bool(_SIDES[a.side] & _SIDES[b.side])
-
-
-def _near(a: _Item, b: _Item) -> bool:
-    """Whether both organs are named and one lies within the other."""
-    return bool(a.organ and b.organ) and related(a.organ, b.organ)
+    return not a.side or not b.side or "bilateral" in (a.side, b.side) or a.side == b.side
 
 
 def unsupported(findings: str, impression: str, context: str = "") -> list[Unsupported]:

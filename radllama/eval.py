@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from importlib import metadata
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from radllama import clinical, judge
 from radllama.baselines import BASELINES, NEAR, baselines
-from radllama.cases import Cases, System, load, some
-from radllama.client import Client, read_rows
+from radllama.cases import Cases, System, load
+from radllama.client import Client
+from radllama.files import read_rows, replace_text, some, write_rows
 from radllama.metrics import NORMAL_RULE, bertscore, rouge, rouge_signature
 from radllama.rubric import CRITERIA, SERIOUS
 from radllama.scorecard import write_scorecard
-from radllama.stats import Floats, compare_systems, holm, summarise
+from radllama.stats import Floats, compare_systems, summarise
 
 Claim = tuple[str, int, int]  # kind, start, end in the prediction
 Text4 = tuple[str, str, str, str]  # findings, context, reference, prediction
@@ -220,16 +221,6 @@ def _page_cases(
     ]
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]], indent: int | None = None) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, indent=indent, allow_nan=False) + "\n" for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def evaluate(
     paths: Sequence[str | Path] | str | Path,
     *,
@@ -304,9 +295,9 @@ def evaluate(
         if len(cases.ids) > PAGE_LIMIT:
             report["problems"].append(f"scorecard.html shows the first {PAGE_LIMIT:,} of {len(cases.ids):,} cases")
         if verdicts is not None:
-            _write(folder / "judge.jsonl", judge.judge_rows(verdicts))
-        _write(folder / "per_case.jsonl", _per_case(cases, systems, columns))
-        _write(folder / "metrics.json", [report], indent=2)
+            write_rows(folder / "judge.jsonl", judge.judge_rows(verdicts))
+        write_rows(folder / "per_case.jsonl", _per_case(cases, systems, columns))
+        replace_text(folder / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         write_scorecard(report, _page_cases(cases, systems, columns, claims, verdicts), folder / "scorecard.html")
     return report
 
@@ -336,14 +327,9 @@ def tables(report: dict[str, Any], cases: Cases, systems: Sequence[System], colu
     tested = [metric for metric in metrics if metric not in DERIVED]
     paired = scores[:, :, [metrics.index(metric) for metric in tested]]
     labels = [system.name for system in systems]
-    rows = compare_systems(paired, labels, tested, clusters, resamples, seed) if len(systems) > 1 else []
-    for _, pair in groupby(rows, key=lambda row: (row["a"], row["b"])):
-        # What no case has in both (a judge's score, against a baseline) is no test, and no part of Holm's family.
-        both = list(pair)
-        adjusted = iter(holm([row["p"] for row in both if row["difference"] is not None]))
-        for row in both:
-            row |= {"p": None, "p_holm": None} if row["difference"] is None else {"p_holm": next(adjusted)}
-    report["comparisons"] = rows
+    report["comparisons"] = (
+        compare_systems(paired, labels, tested, clusters, resamples, seed) if len(systems) > 1 else []
+    )
 
 
 def _decimal(value: float, sign: str = "") -> str:
@@ -415,8 +401,9 @@ def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
             if metric not in hidden and (not brief or metric in ("rouge1", "rouge2", "rougeL", "clinical_f1"))
         ],
     )
+    signatures = report["signatures"]
     if brief:
-        return "\n".join(lines).rstrip()
+        return "\n".join(lines + _signatures({key: signatures[key] for key in ("rouge", "clinical")}))
     lines += _table(
         "clinical F1 by aspect",
         names,
@@ -459,9 +446,13 @@ def format_report(report: dict[str, Any], *, brief: bool = False) -> str:
                 if metric not in DERIVED
             ],
         )
-    for key, text in report["signatures"].items():
-        lines += textwrap.wrap(f"{key}: {text}", 80, subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(lines)
+    return "\n".join(lines + _signatures(signatures))
+
+
+def _signatures(signatures: dict[str, str]) -> list[str]:
+    """What the numbers depend on, in lines of at most 80 characters."""
+    texts = (f"{key}: {text}" for key, text in signatures.items())
+    return [line for text in texts for line in textwrap.wrap(text, 80, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -487,9 +478,8 @@ def _predict(args: argparse.Namespace) -> None:
             f"kept in {args.cache}: run again to ask for the rest (--retry-failed: also where it refused), or take "
             "these cases out of the predictions files\n  " + "\n  ".join(listed)
         )
-    args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"predictions-{re.sub(r'[^A-Za-z0-9.-]+', '-', args.predict_with)}.jsonl"
-    _write(path, answers)
+    write_rows(path, answers)
     print(f"wrote {path}")
     args.paths = [*args.paths, path]
     args.names = [*args.names, args.predict_with] if args.names else None

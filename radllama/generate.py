@@ -6,7 +6,6 @@ python -m radllama.generate --model DIR [--adapter DIR] --input pairs.jsonl --ou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from radllama.checkpoint import find_model, load_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
+from radllama.files import write_rows
 from radllama.lora import load_adapter
 from radllama.model import KVCache, Llama
 from radllama.tokenizer import Tokenizer
@@ -271,10 +271,7 @@ def _run(options: argparse.Namespace) -> dict[Path, list[dict[str, Any]]]:
             seed=options.seed,
             batch_size=options.batch_size, progress=True)  # fmt: skip
         written[file] = [row | extra for row in rows]
-        partial = file.with_name(file.name + ".partial")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in written[file])
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(file)
+        write_rows(file, written[file])
     return written
 
 

@@ -221,18 +221,19 @@ def _csv_values(text: io.TextIOWrapper, encoding: str, delimiter: str) -> Iterat
         elif len(row) != len(header):
             shown = _shown(delimiter.join(row))
             yield line, Bad("ragged_row", f"{len(row)} values in {len(header)} columns", shown)
-        elif any(not value.isascii() and _escaped(value) for value in row):
+        elif any(not value.isascii() and not encodable(value) for value in row):
             yield line, Bad("undecodable", f"not {encoding}", _shown(delimiter.join(row)))
         else:
             yield line, row
 
 
-def _escaped(value: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether a text is Unicode: no half of a surrogate pair, and no byte that stands for itself."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _shown(text: str) -> str:

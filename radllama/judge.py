@@ -25,7 +25,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from radllama import deid, rubric
-from radllama.client import Answer, Call, Client, read_rows, replace_text, with_settings
+from radllama.client import Answer, Call, Client, with_settings
+from radllama.files import read_rows, write_rows
 
 Case = Mapping[str, Any]  # id, findings, reference
 
@@ -421,7 +422,7 @@ def _predict(args: argparse.Namespace) -> int:
     for problem in result["problems"]:
         print(f"warning: {problem}", file=sys.stderr)
     print(format_usage(result["usage"]))
-    replace_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(args.output, rows, private=True)
     print(f"wrote {args.output}: {len(rows):,} predictions")
     if failures := result["failures"]:
         listed = "\n  ".join(f"{failure['id']}: {failure['reason']}" for failure in failures[:20])

@@ -75,9 +75,9 @@ class Lexicon:
             if not line.strip() or line.startswith("#"):
                 continue
             if line.startswith("="):
-                name, parents = re.fullmatch(r"= (.+?)(?: \((.*)\))?", head).groups()  # type: ignore[union-attr]
+                name, _, parents = head.removeprefix("= ").removesuffix(")").partition(" (")
                 organ = "" if name == "*" else name
-                self.parents[organ] = tuple((parents or "").split())
+                self.parents[organ] = tuple(parents.split())
                 for word in words:
                     self._add(word, "O", organ)
             elif line.startswith("@supports"):

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from radllama import deid
 from radllama.clinical import unsupported
 from radllama.deid import Identifier, redact, screen
-from radllama.intake import FIELDS
+from radllama.intake import FIELDS, encodable
 from radllama.sections import leaks, parse_report, renumber
 
 VERSION = "1"  # of the filters below
@@ -122,7 +122,7 @@ def process(record: Mapping[str, Any], options: Options = Options()) -> Pair | D
     """
     values = {name: _text(record.get(name)) for name in FIELDS}
     name, flags = values["id"], []
-    if not all(value.isascii() or _encodable(value) for value in values.values()):
+    if not all(value.isascii() or encodable(value) for value in values.values()):
         return Dropped(name.encode("utf-8", "replace").decode(), "undecodable", "half of a surrogate pair")
     if values["text"]:
         parsed = parse_report(values["text"], addendum=options.addendum)
@@ -169,14 +169,6 @@ def _text(value: Any) -> str:
     if type(value) is str:
         return value.strip()
     return "" if value is None or value != value else str(value).strip()
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _problems(findings: str, impression: str, context: str, lengths: tuple[int, int], options: Options) -> list[str]:

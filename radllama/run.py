@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from radllama.config import Config
+from radllama.files import replace_text
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
@@ -112,13 +113,6 @@ def show(bar: Any, record: dict[str, Any]) -> None:
         refresh=False,
     )
     bar.update()
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old text or the new."""
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def draw_losses(folder: Path) -> None:

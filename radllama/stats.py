@@ -96,15 +96,21 @@ def summarise(scores: Floats, metrics: list[str], clusters: Ints, resamples: int
 def compare_systems(
     scores: Floats, names: list[str], metrics: list[str], clusters: Ints, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """A row for each pair and metric: a - b, its paired interval, p, and p after Holm over the pair's metrics."""
+    """A row for each pair and metric: a - b, its paired interval, p, and p after Holm over the pair's metrics. Where no
+    case has a value in both, difference and p are None, and Holm's family is the smaller."""
     keys = [(a, b, m) for (a, b), m in product(combinations(range(len(names)), 2), range(len(metrics)))]
     differences = np.stack([scores[:, a, m] - scores[:, b, m] for a, b, m in keys], axis=1)
     draws = bootstrap_means(differences, clusters, resamples, seed)
     p = randomisation_p(differences, clusters, resamples, seed).tolist()
-    adjusted = [q for k in range(0, len(p), len(metrics)) for q in holm(p[k : k + len(metrics)])]
+    adjusted: list[float | None] = [None] * len(p)
+    for start in range(0, len(p), len(metrics)):
+        family = [k for k in range(start, start + len(metrics)) if not np.isnan(differences[:, k]).all()]
+        for k, q in zip(family, holm([p[k] for k in family]), strict=True):
+            adjusted[k] = q
     rows = []
     for k, (a, b, m) in enumerate(keys):
         mean = _mean(differences[:, k])
         row = {"a": names[a], "b": names[b], "metric": metrics[m], "difference": mean.pop("mean"), **mean}
-        rows.append(row | _interval(draws[:, k], clusters) | {"p": p[k], "p_holm": adjusted[k]})
+        tested = {"p": None if adjusted[k] is None else p[k], "p_holm": adjusted[k]}
+        rows.append(row | _interval(draws[:, k], clusters) | tested)
     return rows

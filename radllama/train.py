@@ -50,6 +50,7 @@ from radllama.data import (
     read_examples,
     spread,
 )
+from radllama.files import replace_text
 from radllama.lora import add_lora, lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
 from radllama.run import (
@@ -58,7 +59,6 @@ from radllama.run import (
     TrainingError,
     claim_run_folder,
     draw_losses,
-    replace_text,
     show,
     write_config,
     writing,

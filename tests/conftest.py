@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +29,17 @@ SENTENCES = (
     "No intracranial haemorrhage or mass effect.",
     "Patchy opacity at the left base suggests pneumonia.",
 )
+
+
+def load_asset(name: str) -> ModuleType:
+    """The script assets/NAME.py as a module, loaded once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "assets" / f"{name}.py")
+        assert spec
+        assert spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # scripts and dataclasses look modules up by name
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

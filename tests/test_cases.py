@@ -116,11 +116,11 @@ BAD: list[tuple[list[Any], list[str]]] = [
 @pytest.mark.parametrize(("rows", "parts"), BAD)
 def test_bad_files_are_named_with_line_and_cure(rows: list[Any], parts: list[str], tmp_path: Path, capsys: Any) -> None:
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match="cannot be scored"):
+    with pytest.raises(ValueError, match="cannot be used"):
         load([path])
     assert ev.main([str(path), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: the input cannot be scored:")
+    assert message.startswith("error: the input cannot be used:")
     assert all(part in message for part in [str(path), *parts])
     assert not any(text in message for pair in REPORTS for text in pair)
     assert not (tmp_path / "out").exists()
@@ -130,7 +130,7 @@ def test_all_problems_of_all_files_come_at_once(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", [{**ROW, "prediction": 1}, "nonsense"])
     b = tmp_path / "b.jsonl"
     b.write_bytes(b'{"id": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="cannot be scored") as caught:
+    with pytest.raises(ValueError, match="cannot be used") as caught:
         load([a, b, tmp_path / "c.jsonl"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
@@ -144,7 +144,7 @@ def test_systems_must_answer_the_same_cases(two: list[Path], tmp_path: Path) -> 
     rows = rows_of("third", ["x"] * 6)
     rows[0]["id"], rows[1]["reference"], rows[2]["findings"] = "new", "Another.", "Others."
     rows[3]["findings"] = rows[3]["findings"].replace(" ", "  ")  # spacing is no difference
-    with pytest.raises(ValueError, match="cannot be scored") as caught:
+    with pytest.raises(ValueError, match="cannot be used") as caught:
         load([*two, write(tmp_path / "third.jsonl", rows)])
     message = str(caught.value)
     assert "third.jsonl: against" in message

@@ -480,17 +480,3 @@ def test_a_long_batch_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_batch_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.jsonl"):
         cl.Client("tiny", url="http://127.0.0.1:1/v1", cache=tmp_path).read_batch([], [tmp_path / "gone.jsonl"])
-
-
-# ---- files
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [("{", "line 1"), ('{"id": "a"}\n{"id": 1}\n', "line 2: id"), ("[1]\n", "line 1"), ("\n\n", "no rows")],
-)
-def test_rows_that_cannot_be_read(tmp_path: Path, text: str, match: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=match) as caught:
-        cl.read_rows(tmp_path / "rows.jsonl", ("id",))
-    assert "rows.jsonl" in str(caught.value)

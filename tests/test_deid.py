@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import re
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+from conftest import load_asset
 from faker import Faker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,17 +29,7 @@ from radllama.deid import HIPAA, KINDS, Identifier, redact, replace, screen, scr
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reports", ROOT / "assets" / "make_reports.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_reports"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make_reports = load_script()
+make_reports = load_asset("make_reports")
 
 # ---- the planted identifiers
 #

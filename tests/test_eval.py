@@ -24,7 +24,8 @@ from predictions import POOR, REFERENCES, REPORTS, rows_of, two_systems, write
 from radllama import agreement
 from radllama import eval as ev
 from radllama.cases import load
-from radllama.client import Client, read_rows
+from radllama.client import Client
+from radllama.files import read_rows
 from radllama.metrics import ROUGE, rouge
 from radllama.rubric import CRITERIA
 from radllama.stats import holm
@@ -145,17 +146,6 @@ def test_settings_are_checked(two: list[Path], tmp_path: Path, capsys: Any) -> N
     assert str(two[1]) in capsys.readouterr().err
     with pytest.raises(ValueError, match="0 predictions files"):
         ev.evaluate([])
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        ev._write(path, [{"good": 1}, {"bad": object()}])
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        ev._write(path, [{"bad": float("nan")}])
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
 
 
 # ---- BERTScore
@@ -792,7 +782,9 @@ def test_the_command_line_works_alone(two: list[Path], tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, *map(str, two), "--out", str(tmp_path / "o"), "--resamples", "50"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(ev.__file__).parents[1])
     loaded = set(re.findall(r"'([^']+)'", done.stdout.splitlines()[-1]))
-    side = "eval agreement baselines cases client clinical deid deid_rules deid_words judge lexicon metrics rubric"
+    side = (
+        "eval agreement baselines cases client clinical deid deid_rules deid_words files judge lexicon metrics rubric"
+    )
     assert loaded <= {"radllama", *(f"radllama.{name}" for name in [*side.split(), "scorecard", "stats"])}
     assert "good - ..." in done.stdout
     assert f"wrote {tmp_path / 'o' / 'metrics.json'}" in done.stdout

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import itertools
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import load_asset
 
 from radllama.sections import parse_report
 
@@ -21,19 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNT = 4000
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "assets" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # make_raw imports make_reports by its name
-    spec.loader.exec_module(module)
-    return module
-
-
-if "make_reports" not in sys.modules:
-    load_script("make_reports")
-make_raw = load_script("make_raw")
+load_asset("make_reports")
+make_raw = load_asset("make_raw")
 Row = dict[str, str]
 Export = list[tuple[Row, dict[str, Any]]]
 

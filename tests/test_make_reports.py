@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Set
 from datetime import date
 from pathlib import Path
 from random import Random
-from types import ModuleType
 
 import pytest
+from conftest import load_asset
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train": 3600, "validation": 200, "test": 300}
@@ -24,17 +22,7 @@ FIELDS = ["id", "findings", "impression", "patient_id", "study_date", "modality"
 Row = dict[str, str]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reports", ROOT / "assets" / "make_reports.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_reports"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make_reports = load_script()
+make_reports = load_asset("make_reports")
 EXAMS = make_reports.EXAMS
 
 

@@ -48,6 +48,17 @@ def test_cases_without_a_value_are_left_out() -> None:
     assert nothing == {"mean": None, "cases": 0, "low": None, "high": None}
 
 
+def test_a_metric_that_no_case_has_in_both_systems_is_no_test() -> None:
+    scores = np.random.default_rng(8).normal(0.5, 1, (40, 2, 3))
+    alone = stats.compare_systems(scores[:, :, :2], ["a", "b"], ["x", "y"], np.arange(40), 100, 0)
+    scores[:, 1, 2] = np.nan
+    rows = stats.compare_systems(scores, ["a", "b"], ["x", "y", "z"], np.arange(40), 100, 0)
+    assert {key: rows[2][key] for key in ("difference", "low", "high", "p", "p_holm")} == dict.fromkeys(
+        ("difference", "low", "high", "p", "p_holm")
+    )
+    assert [row["p_holm"] for row in rows[:2]] == [row["p_holm"] for row in alone]
+
+
 def test_chunks_bound_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).normal(0.02, 1, (50, 2))
     whole = stats.bootstrap_means(values, np.arange(50), 30)

@@ -115,7 +115,8 @@ def _bertscore(
     for metric, key in (("bertscore", ""), ("bert_rescaled", "_rescaled")):
         if found[f"f1{key}"]:
             columns[metric] = np.reshape(found[f"f1{key}"], (len(systems), -1))
-            report["signatures"][metric] = found[f"hash{key}"]
+            # The name of a folder will do: reports travel, and where it lay on this disk concerns nobody.
+            report["signatures"][metric] = found[f"hash{key}"].replace(model, Path(model).name)
     return columns
 
 

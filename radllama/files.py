@@ -62,7 +62,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def writing(path: Path, *, private: bool = False) -> Iterator[IO[str]]:
+def replacing(path: Path, *, private: bool = False) -> Iterator[IO[str]]:
     """A text file to write, under a name beside `path`; renamed at the end, removed where that is not reached.
 
     `private`: for the owner's eyes only.
@@ -79,11 +79,11 @@ def writing(path: Path, *, private: bool = False) -> Iterator[IO[str]]:
 
 
 def replace_text(path: Path, text: str, *, private: bool = False) -> None:
-    with writing(path, private=private) as file:
+    with replacing(path, private=private) as file:
         file.write(text)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, private: bool = False) -> None:
     """One JSON object a line. A number that JSON does not know (NaN) raises ValueError."""
-    with writing(path, private=private) as file:
+    with replacing(path, private=private) as file:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from radllama.lexicon import LEXICON, NOWHERE, Token, combine, denied_by, lower, related, sentences
 from radllama.lexicon import tokens as tokens_of
@@ -427,7 +427,7 @@ def _implies(a: _Item, b: _Item) -> bool:
     return _same(a, b)
 
 
-Claim = tuple[str, _Item, object]  # aspect, whose, value
+Claim = tuple[str, _Item, Any]  # aspect, whose, value
 
 
 @lru_cache(maxsize=50_000)
@@ -457,18 +457,15 @@ def _claims(text: str) -> tuple[Claim, ...]:
 
 def _holds(claim: Claim, others: Iterable[Claim]) -> bool:
     aspect, item, value = claim
-    for other_aspect, other, other_value in others:
-        if aspect != other_aspect:
-            continue
+
+    def meets(other: _Item, other_value: Any) -> bool:
         if aspect == "recommendation":
-            if item.negated == other.negated and (value == other_value or value & other_value):  # type: ignore[operator]
-                return True
-        elif aspect in ("entity", "negation", "urgent"):
-            if _implies(other, item):
-                return True
-        elif value == other_value and (_same(item, other) or (not item.concept) != (not other.concept)):
-            return True
-    return False
+            return item.negated == other.negated and (value == other_value or bool(value & other_value))
+        if aspect in ("entity", "negation", "urgent"):
+            return _implies(other, item)
+        return value == other_value and (_same(item, other) or (not item.concept) != (not other.concept))
+
+    return any(aspect == name and meets(other, other_value) for name, other, other_value in others)
 
 
 def compare(reference: str, prediction: str) -> dict[str, float | None]:

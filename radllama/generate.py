@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from radllama.checkpoint import find_model, load_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
+from radllama.decode import KVCache
 from radllama.files import write_rows
 from radllama.lora import load_adapter
-from radllama.model import KVCache, Llama
+from radllama.model import Llama
 from radllama.tokenizer import Tokenizer
 
 
@@ -83,7 +84,8 @@ def _decode(
     generators = {row: torch.Generator().manual_seed(hash((seed, row)) % 2**63) for row in rows}
     cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
     last = torch.arange(len(rows), device=device) * longest + lengths - 1
-    logits_BV = model(tokens.to(device), cache=cache, label_positions=last)
+    positions = torch.arange(longest, device=device).expand(len(rows), longest)
+    logits_BV = model(tokens.to(device), attends=cache.attends(positions), label_positions=last)
     while rows:
         chosen = sampler.choose(logits_BV, [generators[row] for row in rows])
         going = []
@@ -100,7 +102,7 @@ def _decode(
             chosen = [chosen[place] for place in going]
         if rows:
             next_B1 = torch.tensor(chosen, device=device)[:, None]
-            logits_BV = model(next_B1, positions=lengths[:, None], cache=cache)[:, -1]
+            logits_BV = model(next_B1, positions=lengths[:, None], attends=cache.attends(lengths[:, None]))[:, -1]
             lengths = lengths + 1
 
 

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and 3.3 in one file: configuration, RMSNorm, RoPE, grouped-query attention, SwiGLU, KV cache.
+"""Llama 2, 3, 3.1, 3.2 and 3.3 in one file: configuration, RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
 Module and parameter names are Hugging Face's, so that a checkpoint loads without a key map. Tensors carry their
 dimensions as suffix:
@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -196,33 +196,6 @@ def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-class KVCache:
-    """Keys and values of the tokens so far: (layers, B, K, S, D) each, rows of unequal length, filled from the left."""
-
-    def __init__(self, config: LlamaConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch (finished ones leave)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-    def attends(self, positions_BT: Tensor) -> list[Attend]:
-        """One a layer: store the new keys and values at `positions_BT`, attend to all up to each token."""
-        row = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        longest = int(positions_BT.max()) + 1
-        sees = torch.arange(longest, device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
-
-        def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layer: int) -> Tensor:
-            k, v = self.k[layer], self.v[layer]
-            k[row, :, positions_BT] = k_BKTD.transpose(1, 2)
-            v[row, :, positions_BT] = v_BKTD.transpose(1, 2)
-            k, v = k[:, :, :longest], v[:, :, :longest]
-            return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=sees, enable_gqa=True)
-
-        return [partial(attend, layer=layer) for layer in range(len(self.k))]
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -312,7 +285,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        attends: list[Attend] | None = None,
         label_positions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
@@ -320,14 +293,12 @@ class Llama(nn.Module):
 
         positions (B, T): RoPE's positions, 0 .. T-1 if not given.
         segments (n, 2): the row is packed; see `packed_attention`.
-        cache: tokens are appended to it at `positions`.
+        attends: each layer's attention, in place of causal or packed (decode.py: over a KV cache).
         label_positions (N,): indices into the B * T tokens whose *next* token is supervised; labels (N,): that token.
         """
         if positions is None:
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        if cache is not None:
-            attends = cache.attends(positions)
-        else:
+        if attends is None:
             attend = causal_attention if segments is None else packed_attention(segments)
             attends = [attend] * self.config.num_hidden_layers
         x: Tensor = self.model(tokens_BT, positions, attends)

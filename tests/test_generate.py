@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from radllama import generate as module
 from radllama.checkpoint import save_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, Prompt
+from radllama.decode import KVCache
 from radllama.generate import Sampler, common_length, consensus, generate, predict
-from radllama.model import KVCache, Llama
+from radllama.model import Llama
 from radllama.tokenizer import Tokenizer
 
 

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from radllama.data import Example, OnDemand, Prompt, Row, faulty_lines, parse_lines, repeated_id
+from radllama.files import lines_of
 from radllama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def check(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         if any((folder / name).stat().st_size != known["bytes"] for name, known in files.items()):
             return None
         return header if all(digest(folder / name) == known["sha256"] for name, known in files.items()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -377,10 +378,12 @@ class Reader:
             tqdm(desc=f"tokenise {self.file.name}", total=size, unit="B", unit_scale=True, leave=False,
                  disable=size < 2**24) as bar,
         ):  # fmt: skip
-            for line in lines:
-                self._sha.update(line)
-                bar.update(len(line))
-                yield line
+
+            def seen(part: bytes) -> None:
+                self._sha.update(part)
+                bar.update(len(part))
+
+            yield from lines_of(lines, seen)
 
     def _note(self, problem: str) -> None:
         self._faulty += 1
@@ -403,7 +406,7 @@ class Reader:
         """Read the file again for the lines whose ids have these hashes."""
         seen: dict[str, int] = {}
         with self.file.open("rb") as lines:
-            for number, example in parse_lines(lines):
+            for number, example in parse_lines(lines_of(lines)):
                 if isinstance(example, ValueError) or hash(example.id) not in keys:
                     continue
                 if example.id in seen:

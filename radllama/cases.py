@@ -92,8 +92,10 @@ def load(paths: Sequence[Path], names: Sequence[str] | None = None) -> tuple[Cas
         return [next((str(value) for value in row if value not in (None, "")), "") for row in values]
 
     findings, references = ([row[key] for row in first.values()] for key in ("findings", "reference"))
-    patients, kinds = optional("patient_id"), np.array(optional("modality"))
-    clusters = np.unique(patients if all(patients) else list(first), return_inverse=True)[1]
+    patients, kinds = optional("patient_id"), np.array(optional("modality"), object)
+    owners = patients if all(patients) else list(first)
+    numbers = {owner: number for number, owner in enumerate(sorted(set(owners)))}
+    clusters = np.array([numbers[owner] for owner in owners])
     strata = {"normal": np.array([is_normal(text) for text in references])}
     strata["abnormal"] = ~strata["normal"]
     lengths = np.array([len(text.split()) for text in references])

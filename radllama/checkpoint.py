@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -24,12 +26,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from radllama.files import check_links, read_json
 from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of, write_tensors
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import STATE_KEY, Linear4bit, QuantType
 
 Quantize = Literal["nf4", "fp4"]
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_SHARD = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,50}\.safetensors")  # a plain name, which cannot leave its folder
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as; safetensors' names
+LARGEST_HEADER = 100 * 10**6  # bytes: safetensors' own bound for a file's header
+LARGEST_STATE = 2**16  # bytes of the JSON record of a 4-bit layer
 _SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -66,6 +73,7 @@ class WeightFiles:
     def __init__(self, folder: str | Path) -> None:
         """Open every shard and check names; ValueError names the file at fault."""
         self.folder = Path(folder)
+        check_links(self.folder)
         index = self.folder / INDEX_FILE
         weight_map = _read_index(index) if index.exists() else None
         shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
@@ -104,7 +112,7 @@ class WeightFiles:
         mark = f".weight.{STATE_KEY}"
         layers: dict[str, list[str]] = {name.split(mark)[0]: [] for name in self.shapes if mark in name}
         for name in self.shapes:
-            layer = name.rpartition(".weight")[0]
+            layer = name.split(mark)[0] if mark in name else name.rpartition(".weight")[0]
             if layer in layers:
                 layers[layer].append(name)
         return layers
@@ -112,10 +120,15 @@ class WeightFiles:
     def shape_4bit(self, layer: str, names: list[str]) -> tuple[int, ...]:
         """The shape of a 4-bit layer's weight, from its small JSON record."""
         name = next(name for name in names if STATE_KEY in name)
+        if self.dtypes[name] != "U8" or math.prod(self.shapes[name]) > LARGEST_STATE:
+            raise ValueError(f"{self.folder}: {name}: expected JSON with a shape, as at most {LARGEST_STATE:,} bytes")
         try:
-            return tuple(json.loads(self.read(name).numpy().tobytes())["shape"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}: {name}: expected JSON with a shape ({error!r})") from None
+            shape = tuple(json.loads(self.read(name).numpy().tobytes())["shape"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.folder}: {name}: expected JSON with a shape ({error!r:.200})") from None
+        if len(shape) != 2 or not all(type(size) is int and 0 < size < 2**40 for size in shape):
+            raise ValueError(f"{self.folder}: {name}: expected JSON with a shape of two sizes, found {shape!r:.80}")
+        return shape
 
     def read_4bit(self, layer: str, names: list[str]) -> Linear4bit:
         try:
@@ -125,17 +138,15 @@ class WeightFiles:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        entries = list(weight_map.items())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: expected JSON with an object called weight_map ({error!r})") from None
-    for name, shard in entries:
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+    weight_map = read_json(file, most=LARGEST_HEADER).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{file}: expected an object called weight_map, found {type(weight_map).__name__}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise ValueError(
-                f"{file}: weight_map[{name!r}]: expected a .safetensors file in this folder, found {shard!r}"
+                f"{file}: weight_map[{name!r:.200}]: expected a .safetensors file in this folder, found {shard!r:.200}"
             )
-    return dict(entries)
+    return weight_map
 
 
 def load_model(
@@ -207,6 +218,11 @@ def _check_ledger(model: Llama, files: WeightFiles, stored_4bit: dict[str, list[
         f"misshapen: {name}: config.json says {wanted[name]}, the file {found[name]}"
         for name in sorted(wanted.keys() & found.keys())
         if wanted[name] != found[name]
+    ]
+    problems += [
+        f"{name}: expected floating point, found {files.dtypes[name]}"
+        for name in sorted(wanted.keys() & found.keys())
+        if files.dtypes[name] not in FLOATS
     ]
     if problems:
         shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
+from radllama.files import read_json
+
 Method = Literal["full", "lora", "qlora"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -35,7 +37,7 @@ class Quantization(Section):
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=2**16)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[Target] = Field(
@@ -47,7 +49,9 @@ class Lora(Section):
 class Data(Section):
     train: str = Field(description="JSON lines with id, findings, impression; or with id, text for plain-text training")
     validation: str | None = Field(None, description="the same form; scores the checkpoints")
-    max_length: int = Field(1024, ge=8, description="tokens of one report with its instruction; cut at the right")
+    max_length: int = Field(
+        1024, ge=8, le=2**24, description="tokens of one report with its instruction; cut at the right"
+    )
     instructions: list[str] | None = Field(
         None, min_length=1, description="wordings of the instruction, drawn by report and epoch; default: 20 of ours"
     )
@@ -58,10 +62,10 @@ class Data(Section):
 
 class Training(Section):
     output: str = Field(min_length=1, description="the run folder")
-    epochs: float | None = Field(None, gt=0, description="passes over data.train; give this or steps")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    batch_size: int = Field(8, ge=1, description="reports a step, over all ranks")
-    accumulation: int = Field(1, ge=1, description="packs a step on each rank, one after another")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over data.train; give this or steps")
+    steps: int | None = Field(None, ge=1, le=2**40, description="optimizer steps; give this or epochs")
+    batch_size: int = Field(8, ge=1, le=2**24, description="reports a step, over all ranks")
+    accumulation: int = Field(1, ge=1, le=2**24, description="packs a step on each rank, one after another")
     learning_rate: float = Field(2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps over which the learning rate rises")
@@ -71,7 +75,7 @@ class Training(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 is off")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: chosen by the device")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="auto: on if memory asks for it")
@@ -159,13 +163,9 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     file = Path(path)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such config file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected a JSON object")
     for override in overrides or []:
         _override(raw, override)
     return parse_config(raw, source=str(file))
@@ -206,7 +206,7 @@ def _explain(problem: Any) -> list[str]:
         return [f"{path}: missing"]
     if problem["type"] == "value_error":
         return [f"{path}: {line}" if path else line for line in str(problem["ctx"]["error"]).split("\n")]
-    shown = repr(found) if not isinstance(found, dict | list) else type(found).__name__
+    shown = f"{found!r:.80}" if not isinstance(found, dict | list) else type(found).__name__
     return [f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {shown}"]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from radllama.files import LONGEST_LINE, lines_of, read_json
 from radllama.tokenizer import Message, PromptFormat, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 PROMPT_FILE = "prompt.json"
+LONGEST_ID = 1000  # characters: messages show ids
 
 INSTRUCTIONS = (
     "Derive the impression from the findings of this radiology report.",
@@ -125,15 +127,13 @@ class Prompt:
         file = folder / PROMPT_FILE
         if not file.exists():
             return None
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-            prompt = cls(value["format"], tuple(value["instructions"]))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: expected an object with format and instructions ({error!r})") from None
-        listed = isinstance(value["instructions"], list)
-        if not listed or not prompt.instructions or not all(isinstance(text, str) for text in prompt.instructions):
+        value = read_json(file)
+        form, texts = value.get("format", ""), value.get("instructions")
+        if form not in get_args(PromptFormat):
+            raise ValueError(f"{file}: format: expected one of {', '.join(get_args(PromptFormat))}, found {form!r:.80}")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{file}: instructions: expected a list of at least one text")
-        return prompt
+        return cls(form, tuple(texts))
 
 
 def read_examples(path: str | Path, *, need_impression: bool = True) -> list[Example]:
@@ -146,7 +146,7 @@ def read_examples(path: str | Path, *, need_impression: bool = True) -> list[Exa
         raise ValueError(f"{file}: no such file; expected JSON lines with id, findings and impression")
     seen: dict[str, int] = {}
     with file.open("rb") as lines:
-        for number, example in parse_lines(lines, need_impression=need_impression):
+        for number, example in parse_lines(lines_of(lines), need_impression=need_impression):
             if isinstance(example, ValueError):
                 problems.append(f"line {number}: {example}")
             elif example.id in seen:
@@ -182,9 +182,11 @@ def faulty_lines(file: Path, problems: list[str], count: int) -> ValueError:
 
 
 def _parse(line: bytes, need_impression: bool) -> Example:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes; that is no report")
     try:
         raw = json.loads(line)
-        json.dumps(raw, ensure_ascii=False).encode()  # as it will be written out again
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # as it will be written out again
     except UnicodeEncodeError:
         raise ValueError("a text holds half of a surrogate pair, which is not a character") from None
     except UnicodeDecodeError as error:
@@ -193,6 +195,8 @@ def _parse(line: bytes, need_impression: bool) -> Example:
         raise ValueError(f"not valid JSON (column {error.colno}: {error.msg})") from None
     except RecursionError:
         raise ValueError("not valid JSON (nested too deeply)") from None
+    except ValueError:  # NaN, Infinity, 1e999, or thousands of digits
+        raise ValueError("not valid JSON (a number that is not finite, or too long)") from None
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, found {type(raw).__name__}")
     wanted = ["text"] if "text" in raw else ["findings", "impression"] if need_impression else ["findings"]
@@ -203,6 +207,8 @@ def _parse(line: bytes, need_impression: bool) -> Example:
             kind = "an empty text" if isinstance(raw.get(key), str) else type(raw.get(key)).__name__
             found = kind if key in raw else "nothing"
             raise ValueError(f"{key}: expected a text that is not empty, found {found}")
+    if len(raw["id"]) > LONGEST_ID:
+        raise ValueError(f"id: expected at most {LONGEST_ID} characters, found {len(raw['id'])}")
     known = {"id", "findings", "impression", "text"}
     texts = {key: raw[key] for key in ("findings", "impression", "text") if isinstance(raw.get(key), str)}
     return Example(id=raw["id"], fields={key: raw[key] for key in raw.keys() - known}, **texts)
@@ -260,8 +266,10 @@ class OnDemand:
         return both[:, 0], both[:, 1]
 
     def values(self, field: str) -> tuple[list[str], NDArray[Any]]:
-        names, codes = np.unique([str(e.fields.get(field) or "") for e in self.examples], return_inverse=True)
-        return names.tolist(), codes
+        found = [str(e.fields.get(field) or "") for e in self.examples]
+        names = sorted(set(found))  # not NumPy's unique: an array of texts is as wide as the longest
+        number = {name: place for place, name in enumerate(names)}
+        return names, np.array([number[name] for name in found])
 
 
 def longest_wording(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, int]:

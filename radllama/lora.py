@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from radllama.files import check_links, read_json
 from radllama.quant import Linear4bit
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+LARGEST_RANK = 2**16  # more is no low rank
 _PEFT_PREFIX = "base_model.model."
 # PEFT's options that change which tensors there are, or what is computed with them.
 _UNSUPPORTED = (
@@ -195,15 +197,23 @@ def check_adapter(model: nn.Module, config: dict[str, Any], tensors: dict[str, T
         if isinstance(layer, nn.Linear | Linear4bit) and name.rpartition(".")[2] in config["target_modules"]:
             wanted[f"{name}.lora_A"] = (config["r"], layer.in_features)
             wanted[f"{name}.lora_B"] = (layer.out_features, config["r"])
-    problems = [f"missing: {key}" for key in wanted.keys() - tensors.keys()]
+    linears = {key.rpartition(".")[0].rpartition(".")[2] for key in wanted}
+    problems = [f"target_modules: no linear layer is called {name}" for name in {*config["target_modules"]} - linears]
+    problems += [f"missing: {key}" for key in wanted.keys() - tensors.keys()]
     problems += [f"unexpected: {key}" for key in tensors.keys() - wanted.keys()]
     problems += [
         f"misshapen: {key}: expected {wanted[key]}, found {tuple(tensors[key].shape)}"
         for key in wanted.keys() & tensors.keys()
         if wanted[key] != tuple(tensors[key].shape)
     ]
+    problems += [
+        f"{key}: expected floating point, found {tensors[key].dtype}"
+        for key in wanted.keys() & tensors.keys()
+        if not tensors[key].is_floating_point()
+    ]
     if problems:
-        raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(sorted(problems)))
+        shown = sorted(problems)[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
+        raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(shown))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -212,18 +222,17 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises ValueError if a file is missing or malformed, or the config asks for what LoRALinear does not compute.
     """
     folder = Path(path)
+    check_links(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
+        _check_adapter_config(config, folder / CONFIG_FILE)
         raw = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; {error.filename or error} is missing"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: not valid JSON ({error})") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: truncated or not a safetensors file ({error})") from None
-    _check_adapter_config(config, folder / CONFIG_FILE)
     tensors = {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): value for key, value in raw.items()}
     return config, tensors
 
@@ -233,25 +242,30 @@ def scaling_of(config: dict[str, Any]) -> float:
     return float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
 
 
-def _check_adapter_config(config: Any, file: Path) -> None:
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object")
+def _check_adapter_config(config: dict[str, Any], file: Path) -> None:
     problems = []
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha", 0), config.get("lora_dropout", 0.0)
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type: expected 'LORA', found {config.get('peft_type')!r}")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        problems.append(f"r: expected a positive integer, found {config.get('r')!r}")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        problems.append(f"lora_alpha: expected a number, found {config.get('lora_alpha')!r}")
+        problems.append(f"peft_type: expected 'LORA', found {config.get('peft_type')!r:.80}")
+    if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
+        problems.append(f"r: expected a positive integer up to {LARGEST_RANK}, found {rank!r:.80}")
+    if type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e9:
+        problems.append(f"lora_alpha: expected a number, found {alpha!r:.80}")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        problems.append(f"lora_dropout: expected a number from 0 to below 1, found {dropout!r:.80}")
+    if not isinstance(config.get("use_rslora", False), bool):
+        problems.append(f"use_rslora: expected true or false, found {config['use_rslora']!r:.80}")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-        problems.append(f"target_modules: expected a list of layer names, found {targets!r}")
-    problems += [f"{key}: {config[key]!r} is not supported" for key in _UNSUPPORTED if config.get(key)]
+        problems.append(f"target_modules: expected a list of layer names, found {targets!r:.80}")
+    problems += [f"{key}: {config[key]!r:.80} is not supported" for key in _UNSUPPORTED if config.get(key)]
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        problems.append(f"init_lora_weights: {start!r} changes the base's weights; let PEFT convert it to plain LoRA")
+        problems.append(
+            f"init_lora_weights: {start!r:.80} changes the base's weights; let PEFT convert it to plain LoRA"
+        )
     if config.get("bias", "none") != "none":
-        problems.append(f"bias: expected 'none', found {config['bias']!r}")
+        problems.append(f"bias: expected 'none', found {config['bias']!r:.80}")
     if problems:
         raise ValueError(f"{file}: not an adapter this code can load:\n  " + "\n  ".join(problems))
 

@@ -59,47 +59,47 @@ class LlamaConfig:
     def from_json(cls, path: str | Path) -> LlamaConfig:
         """Read a config.json (or the folder that holds it), as transformers 4 or 5 writes it.
 
-        Raises ValueError, naming the file and every key at fault, if it describes anything but a Llama.
+        Raises ValueError, naming the file and every key at fault, for anything but a Llama of sizes that can be built.
         """
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            if file.stat().st_size > 2**20:
+                raise ValueError("more than a megabyte")
+            raw = json.loads(file.read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{file}: not found; a model folder holds a config.json beside its weights") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
         rope: dict[str, Any] = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        found = {key: raw[key] for key in expected if raw.get(key, expected[key]) != expected[key]}
-        problems = [f"{key}: expected {expected[key]!r}, found {value!r}" for key, value in found.items()]
+        fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        problems = [f"{k}: expected {v!r}, found {raw[k]!r:.80}" for k, v in fixed.items() if raw.get(k, v) != v]
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         optional = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-        given: dict[str, Any] = {key: raw.get(key) for key in sizes} | {
-            key: raw[key] for key in optional if raw.get(key) is not None
-        }
-        wrong = {key: value for key, value in given.items() if type(value) is not int or value < 1}
-        problems += [f"{key}: expected a positive integer, found {value!r}" for key, value in wrong.items()]
-        scaling = None
+        given: dict[str, Any] = {k: raw.get(k) for k in sizes} | {k: raw[k] for k in optional if raw.get(k) is not None}
+        most = {key: 2**12 if "head" in key else 2**10 if "layers" in key else 2**24 for key in given}
+        wrong = {key: value for key, value in given.items() if type(value) is not int or not 0 < value <= most[key]}
+        problems += [f"{k}: expected a positive integer up to {most[k]}, found {v!r:.80}" for k, v in wrong.items()]
         try:
             epsilon = float(raw.get("rms_norm_eps", 1e-6))  # these defaults are transformers' LlamaConfig's
             theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
             kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind == "llama3":
-                scaling = RopeScaling(**{field.name: rope[field.name] + 0 for field in fields(RopeScaling)})
-            elif kind != "default":
-                problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {kind!r}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"rms_norm_eps, rope_theta or rope_scaling: missing or not a number: {error}")
-        heads = kv_heads = head_dim = 1
+            if kind not in ("default", "llama3"):
+                problems.append(f"rope_scaling.rope_type: expected 'default' or 'llama3', found {kind!r:.80}")
+            scaled = {field.name: rope[field.name] + 0 for field in fields(RopeScaling)} if kind == "llama3" else {}
+            numbers = (epsilon, theta, *scaled.values())
+            if min(numbers) <= 0 or not sum(numbers) < 1e12 or len({*numbers[3:5]}) == 1:
+                raise ValueError("expected positive numbers below 1e12, low_freq_factor other than high_freq_factor")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            problems.append(f"rms_norm_eps, rope_theta or rope_scaling: missing or not a number: {error!s:.100}")
         if not problems:
             heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
             head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
             if heads % kv_heads:
                 problems.append(f"num_attention_heads: {heads} is no multiple of num_key_value_heads, {kv_heads}")
-            if head_dim % 2:
+            if head_dim % 2 or not head_dim:
                 problems.append(f"head_dim: {head_dim} must be even: RoPE turns pairs of dimensions")
         if problems:
             raise ValueError(f"{file}: not a Llama this code can run:\n  " + "\n  ".join(problems))
@@ -107,7 +107,7 @@ class LlamaConfig:
             **{"max_position_embeddings": 2048} | given | {"num_key_value_heads": kv_heads, "head_dim": head_dim},
             rms_norm_eps=epsilon,
             rope_theta=theta,
-            rope_scaling=scaling,
+            rope_scaling=RopeScaling(**scaled) if scaled else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
 

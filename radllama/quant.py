@@ -131,8 +131,8 @@ class Linear4bit(nn.Module):
         try:
             packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
             state = QuantState.from_dict(record, "cpu")
-        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
-            raise ValueError(f"incomplete or malformed 4-bit tensors ({error!r})") from None
+        except (KeyError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"incomplete or malformed 4-bit tensors ({error!r:.200})") from None
         if state.shape is None or len(state.shape) != 2 or state.blocksize != BLOCK:
             raise ValueError(f"expected a 2-D weight in blocks of {BLOCK}, found {state.shape} in {state.blocksize}")
         quant_type = cls._check_codes(state)

@@ -134,8 +134,85 @@ def test_slices_leave_no_mark(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert quant._SLICE % (BLOCK * NESTED_BLOCK) == 0
+    monkeypatch.setattr(quant, "compiled_quantizer", lambda quant_type, dtype: None)
     monkeypatch.setattr(quant, "_SLICE", BLOCK * NESTED_BLOCK)
     check_bytes(random_weight(*shape, dtype), quant_type, double_quant)
+
+
+def adversarial(quant_type: QuantType, dtype: torch.dtype) -> Tensor:
+    """One slice: midpoints and their neighbours in blocks of every magnitude, zeros of both signs, denormals, noise."""
+    table = CODES[quant_type].sort().values
+    middle = (table[1:] + table[:-1]) / 2
+    up, down = torch.full_like(middle, 2.0), torch.full_like(middle, -2.0)
+    ties = torch.cat((middle, torch.nextafter(middle, up), torch.nextafter(middle, down)))  # 45 of a block's 64 values
+    generator = torch.Generator().manual_seed(5)
+    blocks = 0.02 * torch.randn(quant._SLICE // BLOCK, BLOCK, generator=generator)
+    largest = torch.logspace(-44, 38, 600, dtype=torch.float64).float().clamp(max=torch.finfo(dtype).max / 2)
+    blocks[:600, 0], blocks[:600, 1:46] = largest, ties * largest[:, None]
+    blocks[:600, 46:] = largest[:, None] * torch.rand(600, 18, generator=generator).mul(2).sub(1)
+    blocks[600:700, 1:46], blocks[600:700, 0] = ties, 1.0
+    blocks[700:800], blocks[800:900] = 0.0, -0.0
+    blocks[900:1000, ::2] = -0.0
+    blocks[1000:1100] = torch.tensor([1.0, -1.0]).repeat(BLOCK // 2)
+    blocks[1100:1500] = blocks[1100:1500].sign() * 2.0 ** torch.randint(-149, 0, (400, 64), generator=generator)
+    return blocks.to(dtype).flatten()
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "dtype"),
+    [("nf4", torch.float32), ("nf4", torch.bfloat16), ("nf4", torch.float16), ("fp4", torch.float32)],
+)
+def test_the_compiled_quantizer_is_bitsandbytes_bit_for_bit(quant_type: QuantType, dtype: torch.dtype) -> None:
+    values = adversarial(quant_type, dtype)
+    torch._dynamo.reset()
+    quantizer = quant.compiled_quantizer.__wrapped__(quant_type, dtype)
+    assert quantizer is not None, "the tests need a C++ compiler"
+    for weight in (values, values.roll(32), values.flip(0)):
+        packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=quant_type)
+        codes, absmax = quantizer(weight)
+        assert torch.equal(codes.view(-1, 1), packed)
+        assert torch.equal(absmax.view(torch.int32), state.absmax.view(torch.int32))
+
+
+def test_whole_slices_are_compiled_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    quantizer = quant.compiled_quantizer("nf4", torch.float32)
+
+    def counted(values: Tensor) -> Any:
+        sizes.append(len(values))
+        assert quantizer is not None
+        return quantizer(values)
+
+    monkeypatch.setattr(quant, "compiled_quantizer", lambda quant_type, dtype: counted)
+    check_bytes(random_weight(1030, 526), "nf4", True)
+    assert sizes == [quant._SLICE] * 2
+
+
+def test_without_a_compiler_bitsandbytes_quantises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: failing)
+    quant.compiled_quantizer.cache_clear()
+    try:
+        check_bytes(random_weight(520, 1030), "nf4", True)
+        check_bytes(random_weight(520, 1030), "nf4", True)
+    finally:
+        quant.compiled_quantizer.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "nothing can be compiled here (RuntimeError): quantising takes ten times as long"
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(130, 130), (512, 512)])
+def test_a_weight_that_is_not_finite_is_refused(value: float, shape: tuple[int, int]) -> None:
+    weight = random_weight(*shape)
+    weight[100, 70] = value
+    with pytest.raises(ValueError, match="found NaN or infinity"):
+        Linear4bit.from_weight(weight)
 
 
 def test_the_weight_may_be_a_transposed_view() -> None:

@@ -274,6 +274,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.packed_attention = packed_attention  # attention.py has one for GPUs
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -299,7 +300,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         if attends is None:
-            attend = causal_attention if segments is None else packed_attention(segments)
+            attend = causal_attention if segments is None else self.packed_attention(segments)
             attends = [attend] * self.config.num_hidden_layers
         x: Tensor = self.model(tokens_BT, positions, attends)
         if label_positions is not None:

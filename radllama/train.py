@@ -36,6 +36,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from radllama.attention import row_attention
 from radllama.cache import open_cache
 from radllama.checkpoint import atomic_folder, find_model, load_model, write_model_into
 from radllama.config import Config, read_config
@@ -107,6 +108,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         if place.rank == 0:
             write_config(config, folder)
         model = build_model(config, source, place)
+        model.packed_attention = row_attention
         model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
         engine = start_engine(config, model, place)
         run = Run(config, place, folder, engine, tokenizer, prompt, source)

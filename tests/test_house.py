@@ -19,13 +19,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer": set(),
     "data": {"files", "tokenizer"},
     "model": set(),
+    "attention": {"model"},
     "quant": set(),
     "lora": {"files", "quant"},
     "checkpoint": {"files", "model", "quant", "lora"},
     "config": {"files"},
     "run": {"config", "files"},
     "cache": {"data", "files", "tokenizer"},
-    "train": {"cache", "config", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"},
+    "train": {
+        *{"attention", "cache", "config", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"}
+    },
     "decode": {"model"},
     "generate": {"decode", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
     "files": set(),

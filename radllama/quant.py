@@ -97,7 +97,7 @@ class Linear4bit(nn.Module):
         state = QuantState(
             absmax=None,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=bnb.get_4bit_type(self.quant_type, device=device),
+            code=_codes(self.quant_type, device),
             blocksize=BLOCK,
             quant_type=self.quant_type,
             dtype=dtype,
@@ -163,7 +163,7 @@ class Linear4bit(nn.Module):
         if state.quant_type not in ("nf4", "fp4"):
             raise ValueError(f"expected quant_type nf4 or fp4, found {state.quant_type!r}")
         quant_type: QuantType = state.quant_type
-        tables = [(state.code, bnb.get_4bit_type(quant_type, device="cpu"))]
+        tables = [(state.code, _codes(quant_type, torch.device("cpu")))]
         if state.nested:
             if state.state2.blocksize != NESTED_BLOCK:
                 raise ValueError(f"expected a nested block size of {NESTED_BLOCK}, found {state.state2.blocksize}")
@@ -246,14 +246,20 @@ def _bytes(floats: Tensor) -> Tensor:
 
 
 def _floats(raw: Tensor) -> Tensor:
-    return raw.detach().clone().view(torch.float32)  # cloned: a gathered partition need not be aligned to 4 bytes
+    raw = raw.detach()
+    if raw.storage_offset() % 4 or raw.data_ptr() % 4:
+        raw = raw.clone()  # a gathered partition need not be aligned to 4 bytes
+    return raw.view(torch.float32)
 
 
-_DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
+@cache  # made of a Python list: on a GPU each making would wait for all work under way
+def _codes(quant_type: QuantType, device: torch.device) -> Tensor:
+    """The 16 values of a 4-bit type."""
+    table: Tensor = bnb.get_4bit_type(quant_type, device=device)
+    return table
 
 
+@cache
 def _dynamic_map(device: torch.device) -> Tensor:
     """bitsandbytes' 256 codes for the second level."""
-    if device not in _DYNAMIC_MAPS:
-        _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
-    return _DYNAMIC_MAPS[device]
+    return bnb.create_dynamic_map().to(device)

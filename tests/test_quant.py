@@ -335,6 +335,14 @@ def test_nothing_is_kept_for_the_backward_pass() -> None:
     assert kept  # what a plain linear layer would keep
 
 
+def test_code_tables_are_made_once() -> None:
+    """A table made anew at each use would stop a GPU's queue at each use."""
+    layers = [Linear4bit.from_weight(random_weight(16, 64, seed=seed)) for seed in (0, 1)]
+    first, second = (layer.quant_state(torch.bfloat16) for layer in layers)
+    assert first.code is second.code
+    assert first.state2.code is second.state2.code
+
+
 def test_statistics_need_no_alignment() -> None:
     """A partition gathered by ZeRO-3 may start at any byte."""
     for double_quant in (True, False):

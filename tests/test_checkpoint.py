@@ -625,7 +625,7 @@ def anonymous():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 def measure(quantize):
-    Linear4bit.from_weight(torch.randn(512, 512).bfloat16())  # what the first call imports and compiles is not the loader's
+    Linear4bit.from_weight(torch.randn(512, 512).bfloat16())  # the first call imports and compiles: not the loader's
     peak = baseline = anonymous()
     done = threading.Event()
     def sample():

@@ -1,41 +1,365 @@
-"""Decoding: the KV cache.
+"""Decoding many prompts: nothing computed twice, a batch that stays full, drafts that the model confirms.
 
-Tensors carry their dimensions as suffix, as in model.py.
+    prompts      the tokens that all share (the instruction) are computed once, those of equal prompts too
+    prefill      packed, without padding; the head runs for no token of it
+    batch        a finished row's place goes to a waiting prompt; keys and values stay in one buffer of fixed size
+    drafts       greedy only: what followed the same two tokens before (in the row, or in what was written for other
+                 prompts) is tried, several tokens in one pass; kept is what the model would have chosen anyway
+                 (prompt lookup, a form of speculative decoding: Leviathan et al. 2023, arXiv 2211.17192)
+
+`greedy_loop`, without any of it, is the oracle. Tensors carry their dimensions as suffix, as in model.py.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from radllama.model import Attend, LlamaConfig
+from radllama.model import Attend, Llama, LlamaConfig, lower_right_mask
+from radllama.quant import Linear4bit, kept
+
+FILL_TOKENS = 4096  # of a pass that only fills the cache
+# Tokens that cost a pass little more than one does, as long as reading the weights takes longer than computing:
+# drafts never make a pass wider than this.
+WIDTH = {"cpu": 16, "cuda": 128}
+
+
+@torch.no_grad()
+def greedy_loop(model: Llama, prompt: list[int], stop_ids: Collection[int], max_new_tokens: int) -> list[int]:
+    """Greedy decoding as it is defined: the whole row again for each token. Slow; what all else is compared with."""
+    output: list[int] = []
+    while len(output) < max_new_tokens and not (output and output[-1] in stop_ids):
+        row = torch.tensor([prompt + output], device=model.model.embed_tokens.weight.device)
+        output.append(int(model(row)[0, -1].argmax()))
+    return output
+
+
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 64,
+    draft_tokens: int = 4,
+    keep_dequantized: bool | None = None,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Continue every prompt until a stop id (which is the last id returned) or max_new_tokens.
+
+    temperature 0 is greedy. Otherwise each prompt draws from its own generator, seeded by (seed, its place in the
+    list) or by what `seeds` gives it, so that a result does not depend on the batch it was computed in.
+    draft_tokens: tried at a time, greedy only. keep_dequantized: hold the 4-bit weights de-quantised meanwhile; None:
+    where they take at most half of the free memory. Raises ValueError for an empty prompt.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    seeds = [seed_of(seed, place) for place in range(len(prompts))] if seeds is None else seeds
+    finished = decode(
+        model, prompts, seeds, Sampler(temperature, top_k, top_p), stop_ids=stop_ids, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, draft_tokens=draft_tokens, keep_dequantized=keep_dequantized)  # fmt: skip
+    for place, output in tqdm(finished, total=len(prompts), desc="generate", unit="report", disable=not progress):
+        outputs[place] = output
+    return outputs
+
+
+def seed_of(seed: int, place: int) -> int:
+    return hash((seed, place)) % 2**63
+
+
+@dataclass
+class Row:
+    """A prompt on its way; the last token of `text` is not yet in the cache."""
+
+    places: list[int]  # in the caller's list: equal prompts that are decoded greedily share a row
+    text: list[int]  # the prompt, then what was written
+    prompt_length: int
+    generator: torch.Generator
+    drafts: list[int] = field(default_factory=list)  # tried in the coming pass
+
+    @property
+    def output(self) -> list[int]:
+        return self.text[self.prompt_length :]
+
+
+@torch.no_grad()
+def decode(
+    model: Llama,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    draft_tokens: int = 4,
+    keep_dequantized: bool | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (a prompt's place in the list, what follows it), each as it is finished. See `generate`."""
+    if any(not prompt for prompt in prompts):
+        raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty")
+    if not prompts:
+        return
+    greedy = sampler.temperature == 0
+    waiting = deque(_rows(prompts, seeds, merge=greedy))
+    slots = min(batch_size, len(waiting))
+    drafter = Drafter(draft_tokens if greedy else 0)
+    weight, was_training = model.model.embed_tokens.weight, model.training
+    width = WIDTH["cpu" if weight.device.type == "cpu" else "cuda"]
+    model.eval()
+    with ExitStack() as at_end:
+        at_end.callback(model.train, was_training)
+        if fits_dequantized(model) if keep_dequantized is None else keep_dequantized:
+            at_end.enter_context(kept(model, weight.dtype))
+        length = max(map(len, prompts)) + max_new_tokens + draft_tokens  # where short drafts are padded, too
+        cache = KVCache(model.config, slots, length, weight.device, weight.dtype)
+        shared = shared_prefix(prompts)
+        cache.fill(model, [(0, 0, prompts[0][:shared])])
+        cache.copy(0, list(range(1, slots)), shared)
+        rows: list[Row] = []
+        while waiting or rows:
+            # New prompts come in several at a time: a pass for one alone costs nearly as much.
+            if waiting and 4 * (slots - len(rows)) >= slots:
+                new = [waiting.popleft() for _ in range(min(slots - len(rows), len(waiting)))]
+                _admit(model, cache, rows, new, shared)
+                for row in new:
+                    drafter.read(row.text)
+            for row in rows:
+                left = max_new_tokens - len(row.text) + row.prompt_length
+                row.drafts = drafter.guess(row.text, min(width // len(rows), left) - 1)
+            chosen = _step(model, cache, rows, sampler)
+            for slot in reversed(range(len(rows))):
+                row = rows[slot]
+                if _accept(row, chosen[slot], drafter, stop_ids, max_new_tokens):
+                    yield from ((place, row.output) for place in row.places)
+                    last = rows.pop()
+                    if last is not row:  # it moves into the gap
+                        cache.copy(len(rows), [slot], len(last.text))
+                        rows[slot] = last
+
+
+def _rows(prompts: Sequence[list[int]], seeds: Sequence[int], *, merge: bool) -> list[Row]:
+    """The longest first, equal prompts side by side; with `merge` equal prompts become one row."""
+    rows: dict[tuple[int, ...], Row] = {}
+    for place, prompt in sorted(enumerate(prompts), key=lambda item: (-len(item[1]), item[1])):
+        key = tuple(prompt) if merge else (place,)
+        if key in rows:
+            rows[key].places.append(place)
+        else:
+            rows[key] = Row([place], list(prompt), len(prompt), torch.Generator().manual_seed(seeds[place]))
+    return list(rows.values())
+
+
+def shared_prefix(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left over."""
+    first, last = min(prompts), max(prompts)  # the two that differ earliest
+    most = min(map(len, prompts)) - 1
+    return next((n for n in range(most) if first[n] != last[n]), most)
+
+
+def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared: int) -> None:
+    """Give each new row the next slot and fill its part of the cache, all but the prompt's last token."""
+    held = {tuple(row.text[: row.prompt_length]): slot for slot, row in enumerate(rows)}
+    pieces: list[tuple[int, int, list[int]]] = []
+    copies: list[tuple[int, int, int]] = []
+    for row in new:
+        slot, key = len(rows), tuple(row.text)
+        rows.append(row)
+        if key in held:  # samples of one prompt
+            copies.append((held[key], slot, len(key) - 1))
+            continue
+        held[key] = slot
+        pieces.append((slot, shared, row.text[shared:-1]))
+    while pieces:
+        count, size = 1, len(pieces[0][2])
+        while count < len(pieces) and size + len(pieces[count][2]) <= FILL_TOKENS:
+            size += len(pieces[count][2])
+            count += 1
+        cache.fill(model, pieces[:count])
+        del pieces[:count]
+    for source, target, length in copies:
+        cache.copy(source, [target], length)
+
+
+def _step(model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler) -> list[list[int]]:
+    """One pass: each row's last token and its drafts in, the token that follows each of them out."""
+    wide = 1 + max(len(row.drafts) for row in rows)
+    tokens_BT = torch.zeros(len(rows), wide, dtype=torch.int64)
+    wanted: list[int] = []  # what pads a row of fewer drafts is computed, but neither read nor kept
+    for slot, row in enumerate(rows):
+        given = [row.text[-1], *row.drafts]
+        tokens_BT[slot, : len(given)] = torch.tensor(given)
+        wanted += range(slot * wide, slot * wide + len(given))
+    positions_BT = torch.tensor([len(row.text) - 1 for row in rows])[:, None] + torch.arange(wide)
+    device = cache.k.device
+    logits_NV = model(
+        tokens_BT.to(device), positions=positions_BT.to(device), attends=cache.attends(positions_BT),
+        label_positions=torch.tensor(wanted, device=device))  # fmt: skip
+    chosen = iter(sampler.choose(logits_NV, [row.generator for row in rows]))
+    return [[next(chosen) for _ in range(1 + len(row.drafts))] for row in rows]
+
+
+def _accept(row: Row, chosen: list[int], drafter: Drafter, stop_ids: Collection[int], max_new_tokens: int) -> bool:
+    """Append the chosen tokens as far as the drafts agreed, and the one after; True where the row is finished."""
+    for token, draft in zip(chosen, [*row.drafts, None], strict=True):
+        drafter.append(row.text, token)
+        if token in stop_ids or len(row.output) == max_new_tokens:
+            return True
+        if token != draft:
+            break
+    return False
+
+
+class Drafter:
+    """Guesses the next tokens: those that followed the same two tokens in the row's prompt, else in any output so far.
+
+    An impression repeats its findings now and then, and other impressions often.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.prompts: dict[int, dict[tuple[int, int], int]] = {}  # of a row's text, by identity: a pair's end
+        self.written: dict[tuple[int, int], tuple[list[int], int]] = {}
+
+    def read(self, text: list[int]) -> None:
+        if self.most:
+            pairs = pairwise(text)
+            self.prompts[id(text)] = {pair: end for end, pair in enumerate(pairs, 2) if end < len(text)}
+
+    def append(self, text: list[int], token: int) -> None:
+        if self.most and len(text) > 1:
+            self.written[text[-2], text[-1]] = (text, len(text))
+        text.append(token)
+
+    def guess(self, text: list[int], most: int) -> list[int]:
+        if min(most, self.most) < 1 or len(text) < 2:
+            return []
+        pair = (text[-2], text[-1])
+        end = self.prompts[id(text)].get(pair)
+        source, start = (text, end) if end is not None else self.written.get(pair, (text, len(text)))
+        return source[start : start + min(most, self.most)]
 
 
 class KVCache:
-    """Keys and values of the tokens so far: (layers, B, K, S, D) each, rows of unequal length, filled from the left."""
+    """Keys and values of the tokens so far: (layers, slots, K, S, D) each; a slot holds a row, filled from the left."""
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+    def __init__(self, config: LlamaConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch (finished ones leave)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def copy(self, source: int, targets: list[int], length: int) -> None:
+        """Give the slots `targets` the first `length` tokens of another."""
+        for x in (self.k, self.v):
+            x[:, targets, :, :length] = x[:, source, None, :, :length]
 
     def attends(self, positions_BT: Tensor) -> list[Attend]:
-        """One a layer: store the new keys and values at `positions_BT`, attend to all up to each token."""
-        row = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        """One a layer, for the first B slots: store the keys and values of `positions` (on the CPU), attend to all up
+        to each token. A query head's group is laid along the queries: one key head serves it without being repeated."""
+        B, T = positions_BT.shape
         longest = int(positions_BT.max()) + 1
+        positions_BT = positions_BT.to(self.k.device)
+        row = torch.arange(B, device=positions_BT.device)[:, None]
         sees = torch.arange(longest, device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
 
         def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layer: int) -> Tensor:
             k, v = self.k[layer], self.v[layer]
             k[row, :, positions_BT] = k_BKTD.transpose(1, 2)
             v[row, :, positions_BT] = v_BKTD.transpose(1, 2)
-            k, v = k[:, :, :longest], v[:, :, :longest]
-            return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=sees, enable_gqa=True)
+            k, v = k[:B, :, :longest], v[:B, :, :longest]
+            group = q_BHTD.shape[1] // k.shape[1]
+            q = q_BHTD.reshape(B, k.shape[1], group * T, -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees.repeat(1, 1, group, 1)).view_as(q_BHTD)
 
         return [partial(attend, layer=layer) for layer in range(len(self.k))]
+
+    def fill(self, model: Llama, pieces: list[tuple[int, int, list[int]]]) -> None:
+        """Store tokens: (slot, start, tokens that follow the `start` ones it holds) each, packed in one row."""
+        pieces = [piece for piece in pieces if piece[2]]
+        if not pieces:
+            return
+        device = self.k.device
+        lengths = [len(tokens) for _, _, tokens in pieces]
+        tokens_1T = torch.tensor([token for _, _, tokens in pieces for token in tokens], device=device)[None]
+        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, start, tokens in pieces]).to(device)
+        slots = torch.tensor([slot for slot, _, tokens in pieces for _ in tokens], device=device)
+
+        def attend(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, layer: int) -> Tensor:
+            k, v = self.k[layer], self.v[layer]
+            k[slots, :, positions] = k_1KTD[0].transpose(0, 1)
+            v[slots, :, positions] = v_1KTD[0].transpose(0, 1)
+            if layer == len(self.k) - 1:
+                return torch.zeros_like(q_1HTD)  # what comes of the last layer is not wanted
+            outputs = []
+            for q, (slot, start, tokens) in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
+                end = start + len(tokens)
+                sees = lower_right_mask(len(tokens), end, device)
+                keys, values = k[slot : slot + 1, :, :end], v[slot : slot + 1, :, :end]
+                outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=sees, enable_gqa=True))
+            return torch.cat(outputs, dim=2)
+
+        attends: list[Attend] = [partial(attend, layer=layer) for layer in range(len(self.k))]
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        model(tokens_1T, positions=positions[None], attends=attends, label_positions=nothing)
+
+
+def fits_dequantized(model: nn.Module) -> bool:
+    """Whether the 4-bit weights, de-quantised to the model's dtype, take at most half of the free memory."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    if not layers:
+        return False
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    if weight.is_cuda:
+        free = torch.cuda.mem_get_info(weight.device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return 2 * sum(layer.in_features * layer.out_features for layer in layers) * weight.itemsize <= free
+
+
+class Sampler:
+    """Greedy, or temperature, top-k and top-p (Holtzman et al. 2020) in that order."""
+
+    def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, found {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """The distribution (B, V) that tokens are drawn from."""
+        logits = logits_BV.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            worst = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, float("-inf"))
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None:
+            # Keep the fewest most likely tokens that together reach top_p: those before which less than top_p stands.
+            ordered, index = probabilities.sort(descending=True, stable=True)
+            ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0.0
+            probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """One token a row."""
+        if self.temperature == 0:
+            greedy: list[int] = logits_BV.argmax(-1).tolist()
+            return greedy
+        rows = self.probabilities(logits_BV).cpu()
+        return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators, strict=True)]

@@ -8,137 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from radllama.checkpoint import find_model, load_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
-from radllama.decode import KVCache
+from radllama.decode import Sampler, generate, seed_of
 from radllama.files import write_rows
 from radllama.lora import load_adapter
 from radllama.model import Llama
 from radllama.tokenizer import Tokenizer
-
-
-@torch.no_grad()
-def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    *,
-    stop_ids: Collection[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[list[int]]:
-    """Continue every prompt until a stop id (which is the last id returned) or max_new_tokens.
-
-    temperature 0 is greedy. Otherwise each prompt draws from its own generator, seeded by (seed, its place in the
-    list), so that a result does not depend on the batch it was computed in. Raises ValueError for an empty prompt.
-    """
-    if any(not prompt for prompt in prompts):
-        raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty")
-    sampler = Sampler(temperature, top_k, top_p)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    order = sorted(
-        range(len(prompts)), key=lambda index: -len(prompts[index])
-    )  # like lengths together; the longest first
-    was_training = model.training
-    model.eval()
-    bar = tqdm(total=len(prompts), desc="generate", unit="report", disable=not progress)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        _decode(model, prompts, outputs, rows, frozenset(stop_ids), max_new_tokens, sampler, seed, bar)
-    bar.close()
-    model.train(was_training)
-    return outputs
-
-
-def _decode(
-    model: Llama,
-    prompts: list[list[int]],
-    outputs: list[list[int]],
-    rows: list[int],
-    stop_ids: frozenset[int],
-    max_new_tokens: int,
-    sampler: Sampler,
-    seed: int,
-    bar: Any,
-) -> None:
-    """Fill `outputs` of the prompts `rows`, one batch: prefill, then a token a turn; finished rows leave the batch."""
-    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    lengths = torch.tensor([len(prompts[row]) for row in rows], device=device)
-    longest = int(lengths.max())
-    # Padded on the right: what stands behind a prompt's end is never attended to, and is overwritten by its output.
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        tokens[place, : lengths[place]] = torch.tensor(prompts[row])
-    generators = {row: torch.Generator().manual_seed(hash((seed, row)) % 2**63) for row in rows}
-    cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
-    last = torch.arange(len(rows), device=device) * longest + lengths - 1
-    positions = torch.arange(longest, device=device).expand(len(rows), longest)
-    logits_BV = model(tokens.to(device), attends=cache.attends(positions), label_positions=last)
-    while rows:
-        chosen = sampler.choose(logits_BV, [generators[row] for row in rows])
-        going = []
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            outputs[row].append(token)
-            if token in stop_ids or len(outputs[row]) == max_new_tokens:
-                bar.update()
-            else:
-                going.append(place)
-        if len(going) < len(rows):
-            keep = torch.tensor(going, dtype=torch.int64, device=device)
-            cache.keep(keep)
-            lengths, rows = lengths[keep], [rows[place] for place in going]
-            chosen = [chosen[place] for place in going]
-        if rows:
-            next_B1 = torch.tensor(chosen, device=device)[:, None]
-            logits_BV = model(next_B1, positions=lengths[:, None], attends=cache.attends(lengths[:, None]))[:, -1]
-            lengths = lengths + 1
-
-
-class Sampler:
-    """Greedy, or temperature, top-k and top-p (Holtzman et al. 2020) in that order."""
-
-    def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> None:
-        if temperature < 0:
-            raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, found {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-
-    def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """The distribution (B, V) that tokens are drawn from."""
-        logits = logits_BV.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            worst = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < worst, float("-inf"))
-        probabilities = logits.softmax(-1)
-        if self.top_p is not None:
-            # Keep the fewest most likely tokens that together reach top_p: those before which less than top_p stands.
-            ordered, index = probabilities.sort(descending=True, stable=True)
-            ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0.0
-            probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered)
-        return probabilities / probabilities.sum(-1, keepdim=True)
-
-    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """One token a row."""
-        if self.temperature == 0:
-            greedy: list[int] = logits_BV.argmax(-1).tolist()
-            return greedy
-        rows = self.probabilities(logits_BV).cpu()
-        return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(rows, generators, strict=True)]
 
 
 def common_length(a: list[int], b: list[int]) -> int:
@@ -173,8 +54,10 @@ def predict(
     """Rows of predictions.jsonl for the examples, in their order. `options` go to `generate`; of several `samples`
     (seeds `seed`, `seed` + 1, ...) the `consensus` is kept."""
     prompts = [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
-    drawn = [generate(model, prompts, stop_ids=tokenizer.stop_ids, seed=seed + k, **options) for k in range(samples)]
-    outputs = [consensus(list(candidates)) for candidates in zip(*drawn, strict=True)]
+    repeated = [ids for ids in prompts for _ in range(samples)]  # decode() computes equal prompts once
+    seeds = [seed_of(seed + k, place) for place in range(len(prompts)) for k in range(samples)]
+    drawn = generate(model, repeated, stop_ids=tokenizer.stop_ids, seeds=seeds, **options)
+    outputs = [consensus(drawn[start : start + samples]) for start in range(0, len(drawn), samples)]
     return [
         example.fields
         | {

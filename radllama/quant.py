@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class Linear4bit(nn.Module):
             )
         blocks = math.ceil(values / BLOCK)
         self._nested_blocks = math.ceil(blocks / NESTED_BLOCK)
+        self._kept: Tensor | None = None
         statistics = 4 * (self._nested_blocks + 1) + blocks if double_quant else 4 * blocks
         self.weight = _frozen(torch.empty(values // 2, 1, dtype=torch.uint8, device=device))
         self.statistics = _frozen(torch.empty(statistics, dtype=torch.uint8, device=device))
@@ -115,7 +117,9 @@ class Linear4bit(nn.Module):
         return state
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out_features, in_features) as a new tensor."""
+        """The weight (out_features, in_features); a new tensor, but within `kept`."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
         weight: Tensor = bnb.dequantize_4bit(self.weight.detach(), self.quant_state(dtype))
         return weight
 
@@ -176,6 +180,19 @@ class Linear4bit(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {self.quant_type}, double_quant={self.double_quant}"
+
+
+@contextmanager
+def kept(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Meanwhile hold the de-quantised 4-bit weights, too: the same numbers, without the work at each use."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    try:
+        for layer in layers:
+            layer._kept = layer.dequantize(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 class _FrozenMatmul(torch.autograd.Function):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import random_llama, synthetic_examples, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,86 +13,8 @@ from hypothesis import strategies as st
 from radllama import generate as module
 from radllama.checkpoint import save_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, Prompt
-from radllama.decode import KVCache
-from radllama.generate import Sampler, common_length, consensus, generate, predict
-from radllama.model import Llama
+from radllama.generate import common_length, consensus, predict
 from radllama.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return random_llama(tiny_config(vocab_size=64))
-
-
-def prompts(count: int = 9) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(0, 64, (int(n),), generator=draw).tolist() for n in torch.randint(1, 30, (count,), generator=draw)
-    ]
-
-
-@torch.no_grad()
-def naive(model: Llama, prompt: list[int], stop_ids: set[int], most: int) -> list[int]:
-    """Greedy decoding that runs the whole row again for each token."""
-    out: list[int] = []
-    while len(out) < most and not (out and out[-1] in stop_ids):
-        out.append(int(model(torch.tensor([prompt + out]))[0, -1].argmax()))
-    return out
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_greedy_equals_a_naive_loop(model: Llama, batch_size: int) -> None:
-    stop_ids = {3, 17, 40, 41, 42, 43}
-    expected = [naive(model, prompt, stop_ids, 12) for prompt in prompts()]
-    assert len({len(out) for out in expected}) > 1  # some stop early, so that rows leave the batch
-    assert generate(model, prompts(), stop_ids=stop_ids, max_new_tokens=12, batch_size=batch_size) == expected
-
-
-def test_a_broken_cache_is_noticed(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [naive(model, prompt, set(), 12) for prompt in prompts()]
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows: None)
-    stopping = {3, 17, 40, 41, 42, 43}
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        assert generate(model, prompts(), stop_ids=stopping, max_new_tokens=12) == expected
-
-
-def test_sampling_depends_on_seed_and_place_not_on_the_batch(model: Llama) -> None:
-    def draw(seed: int, batch_size: int) -> list[list[int]]:
-        return generate(
-            model, prompts(), stop_ids=(), max_new_tokens=8, temperature=0.8, top_k=20, top_p=0.9, seed=seed,
-            batch_size=batch_size)  # fmt: skip
-
-    assert draw(0, 64) == draw(0, 2)
-    assert draw(0, 64) != draw(1, 64)
-
-
-def test_top_k_and_top_p_against_plain_loops() -> None:
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
-    for k, p in [(None, None), (7, None), (None, 0.6), (7, 0.6), (1, None), (None, 1e-9)]:
-        found = Sampler(0.7, k, p).probabilities(logits)
-        for row, probabilities in zip(logits, found, strict=True):
-            kept = sorted(range(40), key=lambda i: -float(row[i]))[:k]
-            weights = torch.softmax(row[kept] / 0.7, 0).tolist()
-            total, survivors = 0.0, {}
-            for token, weight in zip(kept, weights, strict=True):
-                if p is not None and total >= p:
-                    break
-                survivors[token], total = weight, total + weight
-            expected = torch.zeros(40)
-            for token, weight in survivors.items():
-                expected[token] = weight / total
-            torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("arguments", [(-1.0, None, None), (1.0, 0, None), (1.0, None, 0.0), (1.0, None, 1.5)])
-def test_bad_sampling_settings(arguments: tuple[float, int | None, float | None]) -> None:
-    with pytest.raises(ValueError, match=r"temperature|top_k|top_p"):
-        Sampler(*arguments)
-
-
-def test_an_empty_prompt_is_refused(model: Llama) -> None:
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(model, [[1], []], stop_ids=(), max_new_tokens=2)
 
 
 def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {
         *{"attention", "cache", "config", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"}
     },
-    "decode": {"model"},
+    "decode": {"model", "quant"},
     "generate": {"decode", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
     "files": set(),
     "sections": set(),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radllama.duplicates import REASONS, SPLITS, HeldOut, draw
+from radllama.duplicates import REASONS, SPLITS, draw
+from radllama.held_out import HeldOut
 from radllama.pairs import FLAGS, POLICIES
 
 UNREADABLE = (
@@ -94,8 +95,7 @@ def contamination(
                 found[title].setdefault(SPLITS[number], {})[name if name == "near" else f"same {name}"] = share
     if held_out:
         found["search"] = {
-            "held-out reports": held_out.of,
-            "searched for": held_out.queries,
+            "held-out reports": held_out.queries,
             "searched without gaps": held_out.complete,
             "had a near duplicate that MinHash had missed": len(np.unique(held_out.query)),
             "removed": len(np.unique(held_out.other)),
@@ -231,9 +231,9 @@ def _contaminated(summary: Mapping[str, Any]) -> str:
     )
     if search := found.get("search"):
         text += (
-            f"\n\nAn exact search, independent of MinHash, compared {search['searched for']:,} of the "
-            f"{search['held-out reports']:,} held-out reports with all others ({search['searched without gaps']:,} of "
-            f"them without gaps): {search['had a near duplicate that MinHash had missed']:,} had a near duplicate that "
+            f"\n\nAn exact search, independent of MinHash, compared all {search['held-out reports']:,} "
+            f"held-out reports with all others ({search['searched without gaps']:,} of them without gaps): "
+            f"{search['had a near duplicate that MinHash had missed']:,} had a near duplicate that "
             f"MinHash had missed; the {search['removed']:,} reports concerned were removed from the less strict split."
         )
     return text

@@ -73,7 +73,7 @@ class _Numbers(dict[str, int]):
 _number = _Numbers().__getitem__
 
 
-def _mix(values: U64) -> U64:
+def mix(values: U64) -> U64:
     """The finisher of SplitMix64: every bit of the input moves every bit of the output."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -93,7 +93,7 @@ def shingles(texts: Sequence[Sequence[str]]) -> tuple[U32, I64]:
     padded = np.concatenate([numbers, np.zeros(2, np.uint64)])
     second = np.where(left > 1, padded[1:-1], np.uint64(0))
     third = np.where(left > 2, padded[2:], np.uint64(0))
-    grams = _mix(_mix(_mix(numbers + np.uint64(1)) + second) + third) >> np.uint64(32)
+    grams = mix(mix(mix(numbers + np.uint64(1)) + second) + third) >> np.uint64(32)
     kept = (left > 2) | ((lengths[rows] < 3) & (left == lengths[rows]))
     # Row and gram in one number: sorted and made unique in one go (np.unique hashes, which is slower here).
     both = np.sort((rows[kept].astype(np.uint64) << np.uint64(32)) | grams[kept])
@@ -112,12 +112,12 @@ def band_keys(flat: U32, sizes: I64) -> U32:
         ) from None
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-        _mix(flat.astype(np.uint64)), offsets, BANDS * ROWS, SEED
+        mix(flat.astype(np.uint64)), offsets, BANDS * ROWS, SEED
     )
     minima = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(sizes), BANDS, ROWS)
     keys = np.zeros((len(sizes), BANDS), np.uint64)
     for row in range(ROWS):
-        keys = _mix(keys + minima[:, :, row] + np.uint64(1))
+        keys = mix(keys + minima[:, :, row] + np.uint64(1))
     return (keys >> np.uint64(32)).astype(np.uint32)
 
 
@@ -131,6 +131,7 @@ class Shingles:
         self.sizes = sizes
         self.offsets = np.zeros(len(sizes) + 1, np.int64)
         np.cumsum(sizes, out=self.offsets[1:])
+        self.folder = flat.parent
         self._file: BinaryIO = flat.open("rb")
 
     def close(self) -> None:
@@ -157,7 +158,7 @@ class Shingles:
         """Which of the pairs (a[i], b[i]) have a Jaccard index of `threshold` or more."""
         result = np.zeros(len(a), np.bool_)
         small, large = np.minimum(self.sizes[a], self.sizes[b]), np.maximum(self.sizes[a], self.sizes[b])
-        possible = np.flatnonzero(small >= threshold * large)  # the index is at most small / large
+        possible = np.flatnonzero(small >= threshold * large - 1e-9)  # the index is at most small / large
         for start in range(0, len(possible), BATCH):
             some = possible[start : start + BATCH]
             unique, place = np.unique(np.concatenate([a[some], b[some]]), return_inverse=True)
@@ -362,100 +363,3 @@ def _place(groups: I32) -> I64:
     place = np.empty(len(groups), np.int64)
     place[order] = np.arange(len(groups)) - start
     return place
-
-
-# ---- what MinHash missed
-
-QUERIES = 5000  # held-out reports that are compared with everything: all of a test set of usual size
-COMMON = 1000  # 3-grams in more reports than that propose nobody
-BLOCK = 16_384  # sets in memory at a time
-_TABLE = 1 << 24
-
-
-class HeldOut(NamedTuple):
-    """Near duplicates between a held-out report and one of a less strict split: query[i] and other[i]."""
-
-    query: I64
-    other: I64
-    queries: int  # held-out reports that were searched for
-    of: int  # held-out reports
-    complete: int  # queries whose search could miss nothing
-
-
-def near_held_out(sets: Shingles, split: I8, kept: Bools, threshold: float) -> HeldOut:
-    """Compare held-out reports with all others by an exact method, which shares nothing with MinHash.
-
-    If a set A has a Jaccard index of t or more with B, at most |A| - ceil(t |A|) of its grams are not in B; so of its
-    rarest |A| - ceil(t |A|) + k at least k are. These are looked up in all the sets, and who has k is compared in full.
-    Test comes first, then validation, QUERIES in all. Grams in more than COMMON reports are not looked up, k is that
-    much less, and a query with k < 1 is not complete.
-    """
-    test, validation = (np.flatnonzero(kept & (split == number)) for number in (2, 1))
-    chosen = np.concatenate([_even(test, QUERIES), _even(validation, max(QUERIES - len(test), 0))])
-    gram, owner, need = _rare(sets, chosen, kept, threshold)
-    wanted = np.zeros(_TABLE, np.bool_)
-    wanted[gram & np.uint32(_TABLE - 1)] = True
-    pairs: list[U64] = []
-    count = -(-len(sets.sizes) // BLOCK)
-    for start, flat, sizes in tqdm(sets.blocks(BLOCK), desc="held-out search", unit="block", total=count, leave=False):
-        rows = np.repeat(np.arange(start, start + len(sizes)), sizes)
-        hit = wanted[flat & np.uint32(_TABLE - 1)] & kept[rows]
-        rows, low = rows[hit], np.searchsorted(gram, flat[hit], "left")
-        times = np.searchsorted(gram, flat[hit], "right") - low
-        for part in _parts(rows, times):
-            some = times[part]
-            at = np.repeat(low[part] - (np.cumsum(some) - some), some) + np.arange(some.sum())
-            number, other = owner[at], np.repeat(rows[part], some)
-            stricter = split[other] < split[chosen[number]]
-            both = (number[stricter].astype(np.uint64) << np.uint64(32)) | other[stricter].astype(np.uint64)
-            both, shared = np.unique(both, return_counts=True)
-            number, other = _halves(both)
-            possible = shared >= need[number]
-            query, other = chosen[number[possible]], other[possible]
-            near = sets.similar(query, other, threshold)
-            pairs.append((query[near].astype(np.uint64) << np.uint64(32)) | other[near].astype(np.uint64))
-    query, other = _halves(np.concatenate([np.zeros(0, np.uint64), *pairs]))
-    return HeldOut(query, other, len(chosen), len(test) + len(validation), int((need > 0).sum()))
-
-
-def _halves(both: U64) -> tuple[I64, I64]:
-    return (both >> np.uint64(32)).astype(np.int64), (both & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def _parts(rows: I64, times: I64, most: int = 1 << 21) -> Iterator[slice]:
-    """Cut sorted rows, each with so many hits, into parts of about `most` hits; a row is not cut."""
-    if not len(rows):
-        return
-    ends = np.flatnonzero(np.concatenate([rows[1:] != rows[:-1], [True]])) + 1
-    reach = np.cumsum(times)[ends - 1]
-    last = 0
-    for end in ends[np.flatnonzero(np.diff(reach // most, append=-1))].tolist():
-        yield slice(last, end)
-        last = end
-
-
-def _even(rows: I64, most: int) -> I64:
-    """At most so many of the rows, evenly spread."""
-    return rows if len(rows) <= most else rows[np.arange(most) * len(rows) // max(most, 1)]
-
-
-def _rare(sets: Shingles, chosen: I64, kept: Bools, threshold: float) -> tuple[U32, I64, I64]:
-    """Each query's rarest grams, in order of the gram: (gram, number of the query); and of each query the k above."""
-    seen = np.zeros(_TABLE, np.uint32)  # grams that share a place look more common than they are, which does no harm
-    for start, flat, sizes in sets.blocks(BLOCK):
-        counted = flat[np.repeat(kept[start : start + len(sizes)], sizes)]
-        np.add.at(seen, counted & np.uint32(_TABLE - 1), np.uint32(1))
-    grams, owners = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-    need = np.zeros(len(chosen), np.int64)
-    for number in range(len(chosen)):
-        gram, _ = sets.gather(chosen[number : number + 1])
-        often = seen[gram & np.uint32(_TABLE - 1)]
-        k = -(-len(gram) // 4)
-        first = np.lexsort((gram, often))[: len(gram) - int(np.ceil(threshold * len(gram) - 1e-9)) + k]
-        use = first[often[first] <= COMMON]
-        need[number] = k - (len(first) - len(use))
-        grams.append(gram[use])
-        owners.append(np.full(len(use), number))
-    gram, owner = np.concatenate(grams), np.concatenate(owners)
-    order = np.argsort(gram, kind="stable")
-    return gram[order], owner[order], need

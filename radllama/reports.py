@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from radllama import clinical, deid, duplicates, pairs, sections
 from radllama.datacard import LABELS, UNREADABLE, contamination, describe, funnel, write_card
+from radllama.held_out import near_held_out
 from radllama.intake import FIELDS, Bad, Chunk, Columns, chunks, records, sources, total_bytes
 from radllama.pairs import FLAGS, POLICIES, Dropped, Options, Pair, Policy, process, pseudonym
 from radllama.sections import ParsedReport, Section, parse_report
@@ -288,7 +289,7 @@ def _fingerprint(settings: Settings) -> str:
     """Of all that decides what `scan` gives for a chunk: the settings, and the rules themselves."""
     state = blake2b(repr((settings.options, settings.columns, settings.near > 0, settings.keep_text)).encode())
     state.update(settings.options.key)
-    names = "sections deid deid_rules deid_words clinical lexicon intake duplicates pairs reports"
+    names = "sections deid deid_rules deid_words clinical lexicon intake duplicates held_out pairs reports"
     for file in sorted(file for name in names.split() for file in Path(__file__).parent.glob(f"{name}.*")):
         state.update(file.read_bytes())
     return state.hexdigest()
@@ -371,7 +372,7 @@ def _decide(store: Store, settings: Settings) -> tuple[NDArray[np.int8], NDArray
     )  # fmt: skip
     held_out = None
     if sets:
-        held_out = duplicates.near_held_out(sets, split, reason == 0, settings.near)
+        held_out = near_held_out(sets, split, reason == 0, settings.near)
         reason[held_out.other] = duplicates.REASONS.index("near_held_out")
         sets.close()
     return split, reason, contamination(store.column, clusters.leader, split, reason, settings.shares, held_out)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from radllama import datacard
-from radllama.duplicates import REASONS, HeldOut
+from radllama.duplicates import REASONS
+from radllama.held_out import HeldOut
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -38,14 +39,14 @@ def test_contamination_counts_held_out_reports_that_train_holds() -> None:
     reason = np.array([0, 0, 0, 0, 0, REASONS.index("copies_over_cap")], dtype=np.int8)
     leader = np.array([0, 1, 1, 3, 4, 5], dtype=np.int32)
     found = datacard.contamination(
-        columns.__getitem__, leader, split, reason, (0.8, 0.0, 0.2), HeldOut(NOTHING, NOTHING, 3, 3, 3)
+        columns.__getitem__, leader, split, reason, (0.8, 0.0, 0.2), HeldOut(NOTHING, NOTHING, 3, 3)
     )
     third = round(1 / 3, 6)
     assert found["now"]["test"] == {
         "same pair": third, "same findings": third, "same impression": round(2 / 3, 6), "near": third,
     }  # fmt: skip
     assert found["at random"]["test"] == {"same pair": 0, "same findings": 0, "same impression": 1, "near": 0}
-    assert found["search"]["searched for"] == 3
+    assert found["search"]["held-out reports"] == 3
     bare = datacard.contamination(columns.__getitem__, leader, split, reason, (0.8, 0.0, 0.2), None)
     assert "search" not in bare
     assert "near" not in bare["now"]["test"]

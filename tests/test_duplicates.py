@@ -163,29 +163,6 @@ def test_signatures_do_not_depend_on_the_neighbours() -> None:
     assert np.array_equal(together, alone)
 
 
-def test_held_out_search_finds_what_brute_force_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = made(300, seed=2)
-    monkeypatch.setattr(dup, "BLOCK", 64)
-    sets, _ = on_disk(texts, tmp_path)
-    draw = np.random.default_rng(0)
-    split, kept = draw.choice(3, 300, p=[0.6, 0.2, 0.2]).astype(np.int8), draw.random(300) < 0.9
-    found = dup.near_held_out(sets, split, kept, 0.8)
-    expected = {
-        (a, b)
-        for a in range(300)
-        for b in range(300)
-        if kept[a] and kept[b] and split[a] > split[b] and jaccard(texts[a], texts[b]) >= 0.8
-    }
-    assert len(expected) > 50
-    assert set(zip(found.query.tolist(), found.other.tolist(), strict=True)) == expected
-    assert found.queries == found.of == found.complete == int((kept & (split > 0)).sum())
-    monkeypatch.setattr(dup, "QUERIES", 20)
-    fewer = dup.near_held_out(sets, split, kept, 0.8)
-    assert fewer.queries == 20
-    assert set(zip(fewer.query.tolist(), fewer.other.tolist(), strict=True)) < expected
-    sets.close()
-
-
 # ---- splits
 
 SHARES = (0.8, 0.1, 0.1)

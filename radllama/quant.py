@@ -128,8 +128,11 @@ class Linear4bit(nn.Module):
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a checkpoint holds for this layer, in the format that transformers and bitsandbytes read."""
+        state = self.quant_state(dtype).as_dict(packed=True)
         return {"weight": self.weight.detach()} | {
-            f"weight.{key}": value for key, value in self.quant_state(dtype).as_dict(packed=True).items()
+            # all layers share the two code tables; safetensors refuses tensors that share memory
+            f"weight.{key}": value.clone() if key.endswith("quant_map") else value
+            for key, value in state.items()
         }
 
     @classmethod

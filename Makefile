@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-system setup indiana tiny-base reports clean
+.PHONY: demo test test-system test-fuzz setup indiana tiny-base reports clean
 
 setup: .venv/ready
 test: .venv/ready-test
@@ -37,6 +37,10 @@ test:
 
 test-system: .venv/ready-test
 	OMP_NUM_THREADS=1 python -m pytest -q -m system
+
+# 200 cases of each kind of error; another seed: python tests/fuzz.py --seed 1
+test-fuzz: .venv/ready-test
+	OMP_NUM_THREADS=1 python -m pytest -q -m slow -s tests/test_fuzz.py
 
 demo: .venv/ready
 	rm -rf runs/demo

@@ -92,7 +92,9 @@ class WeightFiles:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
+                raise ValueError(
+                    f"{file}: truncated or not a safetensors file ({error!s:.300}); fetch it again"
+                ) from None
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 if weight_map is not None and weight_map.get(name) != shard:
                     raise ValueError(f"{file}: holds {name}, which {index.name} does not place there")
@@ -225,7 +227,8 @@ def _check_ledger(model: Llama, files: WeightFiles, stored_4bit: dict[str, list[
         if files.dtypes[name] not in FLOATS
     ]
     if problems:
-        shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
+        shown = [f"{problem:.300}" for problem in problems[:40]]
+        shown += [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(f"{files.folder}: weights and config.json disagree:\n  " + "\n  ".join(shown))
 
 

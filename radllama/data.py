@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from radllama.files import LONGEST_LINE, lines_of, read_json
+from radllama.files import LONGEST_ID, LONGEST_LINE, lines_of, read_json
 from radllama.tokenizer import Message, PromptFormat, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 PROMPT_FILE = "prompt.json"
-LONGEST_ID = 1000  # characters: messages show ids
 
 INSTRUCTIONS = (
     "Derive the impression from the findings of this radiology report.",

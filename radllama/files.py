@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 LONGEST_LINE = 2**20  # bytes of a JSON line: more is no report
+LONGEST_ID = 1000  # characters: messages show ids
 LARGEST_JSON = 2**20  # bytes of a JSON file, unless more is allowed
 
 
@@ -117,7 +118,9 @@ def read_jsonl(path: Path, fields: Sequence[str], problems: list[str]) -> list[t
                     reason = getattr(error, "msg", None) or getattr(error, "reason", "not an object, or too deep")
                     problems.append(f"{path} line {number}: invalid JSON ({reason}); write one object a line, in UTF-8")
                     continue
-                if wrong := [
+                if isinstance(key := row.get("id"), str) and len(key) > LONGEST_ID:
+                    problems.append(f"{path} line {number}: id must have at most {LONGEST_ID} characters")
+                elif wrong := [
                     key
                     for key in fields
                     if not isinstance(row.get(key), str) or not (row[key].strip() or key == "prediction")

@@ -212,7 +212,9 @@ def check_adapter(model: nn.Module, config: dict[str, Any], tensors: dict[str, T
         if not tensors[key].is_floating_point()
     ]
     if problems:
-        shown = sorted(problems)[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
+        shown = [f"{problem:.300}" for problem in sorted(problems)[:40]] + [f"... and {len(problems) - 40} more"] * (
+            len(problems) > 40
+        )
         raise ValueError(f"{path}: the adapter does not fit this model:\n  " + "\n  ".join(shown))
 
 
@@ -232,7 +234,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; {error.filename or error} is missing"
         ) from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: truncated or not a safetensors file ({error})") from None
+        raise ValueError(f"{folder / WEIGHTS_FILE}: truncated or not a safetensors file ({error!s:.300})") from None
     tensors = {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): value for key, value in raw.items()}
     return config, tensors
 

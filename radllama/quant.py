@@ -151,11 +151,14 @@ class Linear4bit(nn.Module):
             raise ValueError(f"expected a 2-D weight in blocks of {BLOCK}, found {state.shape} in {state.blocksize}")
         quant_type = cls._check_codes(state)
         layer = cls(state.shape[1], state.shape[0], quant_type=quant_type, double_quant=state.nested, device="meta")
+        absmax, double = state.absmax, state.nested
+        if absmax.dtype != (torch.uint8 if double else torch.float32) or (double and not state.offset.numel() == 1):
+            raise ValueError(f"absmax: expected uint8 (double-quantised) or float32, found {absmax.dtype}")
         if state.nested:
             parts = (_bytes(state.state2.absmax), _bytes(state.offset.reshape(1)), state.absmax)
-            statistics = torch.cat([part.to(packed.device) for part in parts])
+            statistics = torch.cat([part.to(packed.device).flatten() for part in parts])
         else:
-            statistics = _bytes(state.absmax.float())
+            statistics = _bytes(state.absmax).flatten()
         for name, found, wanted in (("weight", packed, layer.weight), ("absmax", statistics, layer.statistics)):
             if found.shape != wanted.shape:
                 raise ValueError(

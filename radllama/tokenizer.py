@@ -73,6 +73,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+LARGEST_FILE = 2**27  # bytes; Llama 3's tokenizer.json has 17 million
 COPY_AGAIN = "copy it again from the checkpoint's source"
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -146,7 +147,7 @@ class Tokenizer:
         source, codec, files = _load(folder)
         for name in COMPANIONS:
             if (folder / name).is_file():
-                files[name] = (folder / name).read_bytes()
+                files[name] = _read(folder / name)
         by_specials: PromptFormat = "llama3" if codec.specials.keys() >= set(HEADER_TOKENS) else "llama2"
         try:
             return cls(codec, files, prompt_format or by_specials)
@@ -299,6 +300,11 @@ class _Bpe:
             raise ValueError("expected a BPE model with 'vocab' and 'merges'")
         vocab: dict[str, int] = model["vocab"]
         added: list[dict[str, Any]] = config.get("added_tokens") or []
+        ids = [*vocab.values(), *(token["id"] for token in added)]
+        if wrong := [number for number in ids if type(number) is not int or not 0 <= number < 2**31]:
+            raise ValueError(f"expected ids from 0 on, found {wrong[0]!r:.80}")
+        if not all(isinstance(token["content"], str) for token in added):
+            raise ValueError("added_tokens: expected texts as content")
         self.specials = {name: vocab[name] for name in sorted(CONTROL_TOKENS & vocab.keys())}
         self.specials |= {
             token["content"]: token["id"]
@@ -434,6 +440,8 @@ def _load(folder: Path) -> tuple[Path, _Codec, dict[str, bytes]]:
 
 
 def _read(file: Path) -> bytes:
+    if file.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{file}: more than {LARGEST_FILE:,} bytes, which no tokenizer has; {COPY_AGAIN}")
     content = file.read_bytes()
     if not content:
         raise ValueError(f"{file}: empty; {COPY_AGAIN}")
@@ -456,6 +464,8 @@ def _kind(file: Path, content: bytes) -> Literal["tiktoken", "sentencepiece"]:
 def _parse_json(file: Path, content: bytes) -> _Bpe:
     try:
         config = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{file}: not valid JSON (nested too deeply); {COPY_AGAIN}") from None
     except ValueError as error:
         where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "not UTF-8"
         raise ValueError(f"{file}: not valid JSON ({where}), perhaps cut off; {COPY_AGAIN}") from None
@@ -463,8 +473,8 @@ def _parse_json(file: Path, content: bytes) -> _Bpe:
         if not isinstance(config, dict):
             raise ValueError("expected a JSON object")
         return _Bpe(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a usable tokenizer.json: {error}; {COPY_AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a usable tokenizer.json: {error!s:.500}; {COPY_AGAIN}") from None
 
 
 def _parse_tiktoken(file: Path, content: bytes) -> dict[bytes, int]:
@@ -554,6 +564,10 @@ def _build(config: dict[str, Any]) -> HFTokenizer:
         return HFTokenizer.from_str(json.dumps(config))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(str(error)) from None
+    except BaseException as error:  # a panic in its Rust code is no Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library cannot build it ({error})") from None
 
 
 def _pieces(merge: str | list[str]) -> tuple[str, str, str]:

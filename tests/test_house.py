@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"files", "tokenizer"},
     "model": set(),
     "attention": {"model"},
+    "meta": {"checkpoint", "files", "model"},
     "quant": set(),
     "lora": {"files", "quant"},
     "checkpoint": {"files", "model", "quant", "lora"},

@@ -98,13 +98,19 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 
 def row_attention(segments: Tensor, queries: Tensor | None = None) -> Attend:
-    """`model.packed_attention` by the kernel that fits the tensors: one call on a GPU, the plain form elsewhere."""
+    """`model.packed_attention` by the kernel that fits the tensors: one call on a GPU, the plain form elsewhere.
+
+    queries (N,) int64, ascending: the tokens whose queries are given and outputs wanted; None: all.
+    """
     plain = packed_attention(segments)
     on = cache(partial(sequences, segments, queries))
 
     def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         if not has_kernel(q_BHTD):
-            return plain(q_BHTD, k_BKTD, v_BKTD)
+            if queries is None:
+                return plain(q_BHTD, k_BKTD, v_BKTD)
+            whole = q_BHTD.new_zeros(*q_BHTD.shape[:2], *k_BKTD.shape[2:]).index_copy(2, queries, q_BHTD)
+            return plain(whole, k_BKTD, v_BKTD)[:, :, queries]
         return varlen_attention(q_BHTD, k_BKTD, v_BKTD, on(q_BHTD.device))
 
     return attend

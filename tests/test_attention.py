@@ -149,6 +149,11 @@ def test_a_cpu_keeps_the_plain_form() -> None:
     assert torch.equal(row_attention(segments)(q, k, v), packed_attention(segments)(q, k, v))
 
 
+def test_the_plain_form_takes_some_queries_too() -> None:
+    for row in ROWS.values():
+        agree(torch.tensor(row), torch.arange(0, sum(length for length, _ in row), 2))
+
+
 def test_torchs_kernel_is_called_as_it_asks() -> None:
     """On meta tensors: its arguments are known and its outputs have the queries' shape, in whichever version."""
     if attention.kernel is None:

@@ -1,25 +1,36 @@
 """Findings -> impressions: batched decoding with a KV cache.
 
 python -m radllama.generate --model DIR [--adapter DIR] --input pairs.jsonl --output predictions.jsonl
+torchrun --nproc_per_node 8 -m radllama.generate ...        # the same file; so does deepspeed --module
+
+An interrupted run leaves OUTPUT.partial; the same command goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from radllama.checkpoint import find_model, load_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
-from radllama.decode import Sampler, generate, seed_of
+from radllama.decode import Sampler, decode, generate, seed_of
 from radllama.files import write_rows
 from radllama.lora import load_adapter
 from radllama.model import Llama
+from radllama.parts import Ranks, remove_parts, run_in_parts
 from radllama.tokenizer import Tokenizer
+
+__all__ = ["common_length", "consensus", "generate", "main", "predict", "predictions", "render"]
 
 
 def common_length(a: list[int], b: list[int]) -> int:
@@ -49,27 +60,53 @@ def consensus(candidates: list[list[int]]) -> list[int]:
 
 
 def predict(
-    model: Llama, tokenizer: Tokenizer, prompt: Prompt, examples: list[Example], *, name: str, samples: int = 1,
-    seed: int = 0, **options: Any) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of predictions.jsonl for the examples, in their order. `options` go to `generate`; of several `samples`
-    (seeds `seed`, `seed` + 1, ...) the `consensus` is kept."""
-    prompts = [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
-    repeated = [ids for ids in prompts for _ in range(samples)]  # decode() computes equal prompts once
-    seeds = [seed_of(seed + k, place) for place in range(len(prompts)) for k in range(samples)]
-    drawn = generate(model, repeated, stop_ids=tokenizer.stop_ids, seeds=seeds, **options)
-    outputs = [consensus(drawn[start : start + samples]) for start in range(0, len(drawn), samples)]
-    return [
-        example.fields
-        | {
-            "id": example.id,
-            "findings": example.findings,
-            "reference": example.impression,
-            "prediction": tokenizer.decode(output).strip(),
-            "model": name,
-            "stop_reason": "stop" if output[-1] in tokenizer.stop_ids else "length",
-        }
-        for example, output in zip(examples, outputs, strict=True)
-    ]
+    model: Llama, tokenizer: Tokenizer, prompt: Prompt, examples: list[Example], *, name: str, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl for the examples, in their order. `options` go to `predictions`."""
+    prompts = render(tokenizer, prompt, examples)
+    rows = dict(predictions(model, tokenizer, prompts, examples, range(len(examples)), name=name, **options))
+    return [rows[place] for place in range(len(examples))]
+
+
+def render(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> list[list[int]]:
+    return [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
+
+
+def predictions(
+    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], examples: list[Example], places: Sequence[int], *,
+    name: str, samples: int = 1, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+    seed: int = 0, progress: bool = False, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    """Yield (place, row of predictions.jsonl) for the examples at `places`, as each is finished.
+
+    `options` go to `decode`; of several `samples` (seeds `seed`, `seed` + 1, ...) the `consensus` is kept. A row
+    depends on its example's place among all, not on which are asked for together.
+    """
+    repeated = [prompts[place] for place in places for _ in range(samples)]  # decode() computes equal prompts once
+    seeds = [seed_of(seed + k, place) for place in places for k in range(samples)]
+    drawn: dict[int, dict[int, list[int]]] = {place: {} for place in places}
+    bar = tqdm(total=len(places), desc="generate", unit="report", disable=not progress)
+    sampler = Sampler(temperature, top_k, top_p)
+    for number, ids in decode(model, repeated, seeds, sampler, stop_ids=tokenizer.stop_ids, **options):
+        place = places[number // samples]
+        candidates = drawn[place]
+        candidates[number % samples] = ids
+        if len(candidates) < samples:
+            continue
+        output, example = consensus([candidates[k] for k in range(samples)]), examples[place]
+        bar.update()
+        yield (
+            place,
+            example.fields
+            | {
+                "id": example.id,
+                "findings": example.findings,
+                "reference": example.impression,
+                "prediction": tokenizer.decode(output).strip(),
+                "model": name,
+                "stop_reason": "stop" if output[-1] in tokenizer.stop_ids else "length",
+            },
+        )
+    bar.close()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,9 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--name", help="what predictions.jsonl calls this model; default: the adapter's or model's folder"
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     options = parser.parse_args(arguments)
     try:
-        written = _run(options)
+        with Ranks() as ranks:
+            written = _run(options, ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -120,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"wrote {file}: {len(rows)} predictions, {cut} cut at {options.max_new_tokens} tokens")
 
 
-def _run(options: argparse.Namespace) -> dict[Path, list[dict[str, Any]]]:
+def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str, Any]]]:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but this machine shows no CUDA GPU; use cpu")
     if options.max_new_tokens < 1 or options.batch_size < 1:
@@ -139,25 +178,40 @@ def _run(options: argparse.Namespace) -> dict[Path, list[dict[str, Any]]]:
     tokenizer = Tokenizer.from_dir(source, prompt_format=prompt_format)
     wordings = _wordings(options, (trained.instructions if trained else INSTRUCTIONS)[0])
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else _dtype(options.device)
-    model = load_model(source, quantize=options.quantize, dtype=dtype, device=options.device, progress=True)
+    device = f"cuda:{ranks.local_rank}" if options.device == "cuda" and ranks.world > 1 else options.device
+    first = ranks.rank == 0
+    model = load_model(source, quantize=options.quantize, dtype=dtype, device=device, progress=first)
     check_vocabulary(tokenizer, model.config.vocab_size, source=str(source))
     if options.adapter:
         load_adapter(model, options.adapter)
-    written = {}
+    written: dict[Path, list[dict[str, Any]]] = {}
     for number, instruction in enumerate(wordings, 1):
         name, file, extra = options.name or str(options.adapter or options.model), options.output, {}
         if options.instructions:
             name, extra = f"{name} #{number}", {"instruction": instruction}
             file = file.with_name(f"{file.stem}.{number}{file.suffix}")
-        rows = predict(
-            model, tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples,
-            name=name, max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, samples=options.consensus,
-            seed=options.seed,
-            batch_size=options.batch_size, progress=True)  # fmt: skip
-        written[file] = [row | extra for row in rows]
-        write_rows(file, written[file])
+        prompts = render(tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples)
+        work = partial(
+            predictions, model, tokenizer, prompts, examples, name=name, samples=options.consensus,
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, progress=first)  # fmt: skip
+        settings = _settings(options, source, str(dtype), name, prompts, [vars(example) for example in examples])
+        rows = run_in_parts(ranks, file, settings, [len(ids) for ids in prompts], work)
+        if first:
+            written[file] = [row | extra for row in rows]
+            write_rows(file, written[file])
+            remove_parts(file)
     return written
+
+
+def _settings(options: argparse.Namespace, source: Path, *more: Any) -> str:
+    """A fingerprint of all that a prediction depends on: how it is drawn, weights' files (sizes, times), `more`."""
+    keys = ("quantize", "max_new_tokens", "consensus", "temperature", "top_k", "top_p", "seed")
+    drawn = {key: getattr(options, key) for key in keys}
+    folders = [source, options.adapter] if options.adapter else [source]
+    files = [file for folder in folders for kind in ("*.safetensors", "*.json") for file in sorted(folder.glob(kind))]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([drawn, stats, *more]).encode()).hexdigest()
 
 
 def _wordings(options: argparse.Namespace, default: str) -> list[str]:

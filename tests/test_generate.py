@@ -9,6 +9,7 @@ import pytest
 from conftest import random_llama, synthetic_examples, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_parts import start
 
 from radllama import generate as module
 from radllama.checkpoint import save_model
@@ -48,6 +49,12 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
             assert {json.loads(line)["model"] for line in lines} == {f"tiny #{number}"}
             assert len(lines) == 5
     assert not (tmp_path / "out.6.jsonl").exists()
+    assert not list(tmp_path.glob("*.partial*"))
+    one = (tmp_path / "out.jsonl").read_bytes()
+    ranks = start(2, ["-m", "radllama.generate", *common, "--max-new-tokens", "4", "--name", "tiny"])
+    assert [rank.communicate(timeout=120) and rank.returncode for rank in ranks] == [0, 0]
+    assert (tmp_path / "out.jsonl").read_bytes() == one
+    assert not list(tmp_path.glob("*.partial*"))
     for extra in (
         ["--instructions", str(tmp_path / "none.txt")],
         ["--instructions", "held-out", "--instruction", "Conclude."],

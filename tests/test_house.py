@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"attention", "cache", "config", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"}
     },
     "decode": {"model", "quant"},
-    "generate": {"decode", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
+    "parts": {"files"},
+    "generate": {"decode", "files", "parts", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
     "files": set(),
     "sections": set(),
     "deid_words": set(),

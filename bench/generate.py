@@ -13,7 +13,8 @@ where they end. Without, its weights are random, and all write `--max-new-tokens
              round activations to bf16, whatever the compute dtype, so its texts may differ
 
 `ours` and `exact` agree on every token or it fails; of `rounded` the number of equal outputs is printed. A peer's batch
-size is the fastest of `--batch-sizes`, one run each. Then runs alternate; printed are medians, and medians of the turns' ratios.
+size is the fastest of `--batch-sizes`, one run each. Then runs alternate; printed are medians, and medians of the
+turns' ratios.
 """
 
 from __future__ import annotations
@@ -199,8 +200,9 @@ def main() -> None:
     )
     print(
         f"{len(examples)} reports of {options.pairs.parent.name}/{options.pairs.name}, {options.threads} threads; "
-        f"prompts of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}), outputs of {statistics.mean(written):.1f} "
-        f"(longest {max(written)}), {right} of them the report's own impression; ours and exact: equal ids"
+        f"prompts of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}), "
+        f"outputs of {statistics.mean(written):.1f} (longest {max(written)}), "
+        f"{right} of them the report's own impression; ours and exact: equal ids"
     )
     for name, values in times.items():
         line = f"{name:8}{statistics.median(values):8.2f} s{len(examples) / statistics.median(values):8.2f} reports/s"

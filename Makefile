@@ -61,8 +61,12 @@ indiana: .venv/ready-reports
 	mkdir -p runs && rm -rf runs/indiana-full runs/indiana-qlora-*
 	python -m radllama.reports "$(CSV)" --id uid --findings findings --impression impression \
 	  --indication indication --comparison comparison --shares 70/10/20 --out data/indiana
+	for part in train validation test; do \
+	  python -m radllama.similar --count 6 --train data/indiana/train.jsonl \
+	    --input data/indiana/$$part.jsonl --output data/indiana/$$part-similar.jsonl || exit 1; \
+	done
 	python assets/make_reports.py text --count 12000 --seed 7 --output runs/synthetic-text.jsonl
-	python assets/make_mixture.py --pairs data/indiana/train.jsonl \
+	python assets/make_mixture.py --pairs data/indiana/train-similar.jsonl \
 	  --others assets/reports/train.jsonl runs/synthetic-text.jsonl --output runs/indiana-mixture.jsonl
 	python assets/make_base.py --texts data/indiana/train.jsonl data/indiana/train.jsonl data/indiana/train.jsonl \
 	  runs/synthetic-text.jsonl --output runs/indiana-init \
@@ -73,7 +77,7 @@ indiana: .venv/ready-reports
 	    --set training.seed=$$seed --set training.output=runs/indiana-qlora-$$seed && \
 	  for samples in 1 16; do \
 	    python -m radllama.generate --model runs/indiana-full/best --quantize nf4 --adapter runs/indiana-qlora-$$seed/best \
-	      --input data/indiana/test.jsonl --output runs/indiana-qlora-$$seed/predictions-$$samples.jsonl \
+	      --input data/indiana/test-similar.jsonl --output runs/indiana-qlora-$$seed/predictions-$$samples.jsonl \
 	      --name tuned-$$seed-$$samples --max-new-tokens 128 --seed $$seed \
 	      --consensus $$samples --temperature $$([ $$samples = 1 ] && echo 0 || echo 0.6) || exit 1; \
 	  done || exit 1; \

@@ -4,7 +4,8 @@
       runs/synthetic-text.jsonl --output runs/indiana-mixture.jsonl
 
 Each pair is written several times, in turn as a pair and as plain text, once as it stands and then with the sentences
-of its findings shuffled: an impression does not depend on their order. Other files (pairs or plain texts) follow as
+of its findings shuffled: an impression does not depend on their order. Of the similar reports that
+`radllama.similar` found, each copy gets another choice. Other files (pairs or plain texts) follow as
 they are; synthetic reports teach how an impression carries words over from the findings.
 """
 
@@ -20,17 +21,21 @@ from random import Random
 from typing import Any
 
 
-def variants(pair: dict[str, Any], copies: int, rng: Random) -> Iterator[dict[str, str]]:
-    """`copies` rows of one pair, ids numbered."""
+def variants(pair: dict[str, Any], copies: int, count: int, rng: Random) -> Iterator[dict[str, Any]]:
+    """`copies` rows of one pair, ids numbered, each with `count` of its similar reports' impressions."""
+    similar = list(pair.get("similar", []))
     sentences = [part for part in re.split(r"(?<=[.!?])\s+", pair["findings"].strip()) if part]
     for number in range(copies):
         if number:
             rng.shuffle(sentences)
+            rng.shuffle(similar)
         findings, identity = " ".join(sentences), f"{pair['id']}-{number}"
+        hints = similar[:count]
         if number % 2:
-            yield {"id": identity, "text": f"FINDINGS: {findings}\nIMPRESSION: {pair['impression'].strip()}"}
+            lines = [f"FINDINGS: {findings}", *(f"Similar report: {text}" for text in hints)]
+            yield {"id": identity, "text": "\n".join([*lines, f"IMPRESSION: {pair['impression'].strip()}"])}
         else:
-            yield {"id": identity, "findings": findings, "impression": pair["impression"]}
+            yield {"id": identity, "findings": findings, "similar": hints, "impression": pair["impression"]}
 
 
 def main() -> None:
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="training pairs: id, findings, impression a line")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="pairs or plain texts to add as they are")
     parser.add_argument("--copies", type=int, default=6, help="of each pair (default: 6)")
+    parser.add_argument("--similar", type=int, default=3, help="of its similar reports' impressions (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -46,7 +52,7 @@ def main() -> None:
         sys.exit(f"error: no such file: {', '.join(missing)}")
     rng, rows = Random(options.seed), []
     for line in options.pairs.read_text(encoding="utf-8").splitlines():
-        rows += variants(json.loads(line), options.copies, rng)
+        rows += variants(json.loads(line), options.copies, options.similar, rng)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     for file in options.others:
         lines += file.read_text(encoding="utf-8").splitlines()

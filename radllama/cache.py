@@ -196,6 +196,7 @@ def fingerprint_of(content: str, tokenizer: Tokenizer, prompt: Prompt) -> str:
         "tokenizer": vocabulary,
         "format": tokenizer.prompt_format,
         "instructions": list(prompt.instructions),
+        "similar": prompt.similar,
         "probes": probes,  # the template, as the code has it now
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -309,10 +310,8 @@ def encode_pieces(
     tokenizer: Tokenizer, prompt: Prompt, template: Template, dtype: str, examples: list[Example]
 ) -> Encoded:
     texts: list[str] = []
-    for example in examples:
-        texts += (
-            ("", example.text) if example.text else (user_text(prompt, example.findings), example.impression.strip())
-        )
+    for e in examples:
+        texts += ("", e.text) if e.text else (user_text(prompt, prompt.question(e)), e.impression.strip())
     ids = tokenizer.encode_batch(texts)
     sizes = np.fromiter(map(len, ids), np.int64, len(ids)).reshape(-1, 2)
     parts = np.fromiter(chain.from_iterable(ids), dtype, int(sizes.sum()))
@@ -322,7 +321,7 @@ def encode_pieces(
 
 
 def encode_texts(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> Encoded:
-    texts = [text.encode() for e in examples for text in (e.findings * (not e.text), e.text or e.impression)]
+    texts = [text.encode() for e in examples for text in ("" if e.text else prompt.question(e), e.text or e.impression)]
     sizes = np.array([len(text) for text in texts]).reshape(-1, 2)
     lengths = OnDemand(examples, tokenizer, prompt, "").lengths()
     return Encoded(sizes, np.stack(lengths, axis=1), b"".join(texts))

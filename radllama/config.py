@@ -55,6 +55,7 @@ class Data(Section):
     instructions: list[str] | None = Field(
         None, min_length=1, description="wordings of the instruction, drawn by report and epoch; default: 20 of ours"
     )
+    similar: int = Field(0, ge=0, le=100, description="impressions of similar reports in a prompt (radllama.similar)")
     weights: dict[Literal["modality", "body_part"], dict[str, PositiveFloat]] | None = Field(
         None, description='how often to draw reports, such as {"modality": {"CT": 2.0}}; 1 where nothing is said'
     )

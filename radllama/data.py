@@ -106,6 +106,12 @@ class Prompt:
 
     format: PromptFormat
     instructions: tuple[str, ...]
+    similar: int = 0  # how many impressions of similar reports stand behind the findings (similar.py)
+
+    def question(self, example: Example) -> str:
+        """An example's findings, followed by the impressions of the reports most similar to it."""
+        texts = example.fields.get("similar", [])[: self.similar]
+        return "\n".join([example.findings, *(f"Similar report: {text}" for text in texts)])
 
     def messages(self, findings: str, impression: str | None = None, *, wording: int = 0) -> list[Message]:
         conversation: list[Message] = [
@@ -117,7 +123,7 @@ class Prompt:
         return conversation
 
     def save(self, folder: Path) -> None:
-        value = {"format": self.format, "instructions": list(self.instructions)}
+        value = {"format": self.format, "instructions": list(self.instructions), "similar": self.similar}
         (folder / PROMPT_FILE).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -132,7 +138,10 @@ class Prompt:
             raise ValueError(f"{file}: format: expected one of {', '.join(get_args(PromptFormat))}, found {form!r:.80}")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{file}: instructions: expected a list of at least one text")
-        return cls(form, tuple(texts))
+        similar = value.get("similar", 0)
+        if type(similar) is not int or similar < 0:
+            raise ValueError(f"{file}: similar: expected a number from 0, found {similar!r:.80}")
+        return cls(form, tuple(texts), similar)
 
 
 def read_examples(path: str | Path, *, need_impression: bool = True) -> list[Example]:
@@ -208,6 +217,9 @@ def _parse(line: bytes, need_impression: bool) -> Example:
             raise ValueError(f"{key}: expected a text that is not empty, found {found}")
     if len(raw["id"]) > LONGEST_ID:
         raise ValueError(f"id: expected at most {LONGEST_ID} characters, found {len(raw['id'])}")
+    similar = raw.get("similar", [])
+    if not isinstance(similar, list) or not all(isinstance(text, str) for text in similar):
+        raise ValueError("similar: expected a list of texts, as python -m radllama.similar writes it")
     known = {"id", "findings", "impression", "text"}
     texts = {key: raw[key] for key in ("findings", "impression", "text") if isinstance(raw.get(key), str)}
     return Example(id=raw["id"], fields={key: raw[key] for key in raw.keys() - known}, **texts)
@@ -252,7 +264,8 @@ class OnDemand:
             body = self.tokenizer.encode(example.text)
             ids = [self.tokenizer.bos_id, *body, self.tokenizer.end_of_text_id]
             return Row(example.id, ids, [False] + [True] * (len(ids) - 1), -1)  # plain texts share nothing
-        ids, mask = self.tokenizer.render(self.prompt.messages(example.findings, example.impression, wording=wording))
+        question = self.prompt.question(example)
+        ids, mask = self.tokenizer.render(self.prompt.messages(question, example.impression, wording=wording))
         return Row(example.id, ids, mask, wording)
 
     def lengths(self) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -29,13 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from radllama import clinical, judge
-from radllama.baselines import BASELINES, NEAR, baselines
+from radllama.baselines import BASELINES, baselines
 from radllama.cases import Cases, System, load
 from radllama.client import Client
 from radllama.files import read_rows, replace_text, some, write_rows
 from radllama.metrics import NORMAL_RULE, bertscore, rouge, rouge_signature
 from radllama.rubric import CRITERIA, SERIOUS
 from radllama.scorecard import write_scorecard
+from radllama.similar import NEAR
 from radllama.stats import Floats, compare_systems, summarise
 
 Claim = tuple[str, int, int]  # kind, start, end in the prediction

@@ -28,35 +28,45 @@ from radllama.files import write_rows
 from radllama.lora import load_adapter
 from radllama.model import Llama
 from radllama.parts import Ranks, remove_parts, run_in_parts
+from radllama.similar import words
 from radllama.tokenizer import Tokenizer
 
 __all__ = ["common_length", "consensus", "generate", "main", "predict", "predictions", "render"]
 
+VOTES = 2  # of a similar report's impression beside each sample's one; chosen on real reports' validation part
 
-def common_length(a: list[int], b: list[int]) -> int:
+
+def common_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence, bit-parallel over `a` (Hyyro 2004)."""
-    places: dict[int, int] = {}
-    for i, token in enumerate(a):
-        places[token] = places.get(token, 0) | 1 << i
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
     full = column = (1 << len(a)) - 1
-    for token in b:
-        hit = column & places.get(token, 0)
+    for word in b:
+        hit = column & places.get(word, 0)
         column = ((column + hit) | (column - hit)) & full
     return len(a) - column.bit_count()
 
 
-def consensus(candidates: list[list[int]]) -> list[int]:
-    """The candidate that agrees most with all: the highest mean F1 of common subsequences, the earliest of equals.
+def consensus(candidates: list[str], similar: Sequence[str] = ()) -> int:
+    """Which candidate agrees most with all of them: the highest mean F1 of common subsequences of words, the earliest
+    of equals. The impressions of similar reports vote, too, but cannot be elected: they speak of other patients.
 
     Minimum Bayes risk over samples (Kumar and Byrne 2004): what a model says again and again it rather knows; what
     stands in one sample alone it rather made up.
     """
-    counted = [(list(key), count) for key, count in Counter(map(tuple, candidates)).items()]
+    texts = [words(text) for text in candidates]
+    votes = Counter(map(tuple, texts))
+    for text in similar:
+        votes[tuple(words(text))] += VOTES
 
-    def agreement(one: list[int]) -> float:
-        return sum(count * 2 * common_length(one, other) / (len(one) + len(other)) for other, count in counted)
+    def agreement(one: list[str]) -> float:
+        return sum(
+            count * 2 * common_length(one, list(other)) / max(1, len(one) + len(other))
+            for other, count in votes.items()
+        )
 
-    return max((one for one, _ in counted), key=agreement)
+    return max(range(len(texts)), key=lambda place: agreement(texts[place]))
 
 
 def predict(
@@ -69,7 +79,7 @@ def predict(
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> list[list[int]]:
-    return [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
+    return [tokenizer.render(prompt.messages(prompt.question(e)), add_generation_prompt=True)[0] for e in examples]
 
 
 def predictions(
@@ -92,7 +102,8 @@ def predictions(
         candidates[number % samples] = ids
         if len(candidates) < samples:
             continue
-        output, example = consensus([candidates[k] for k in range(samples)]), examples[place]
+        example, texts = examples[place], [tokenizer.decode(candidates[k]).strip() for k in range(samples)]
+        chosen = consensus(texts, example.fields.get("similar", []))
         bar.update()
         yield (
             place,
@@ -101,9 +112,9 @@ def predictions(
                 "id": example.id,
                 "findings": example.findings,
                 "reference": example.impression,
-                "prediction": tokenizer.decode(output).strip(),
+                "prediction": texts[chosen],
                 "model": name,
-                "stop_reason": "stop" if output[-1] in tokenizer.stop_ids else "length",
+                "stop_reason": "stop" if candidates[chosen][-1] in tokenizer.stop_ids else "length",
             },
         )
     bar.close()
@@ -174,6 +185,12 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
         raise ValueError(f"{options.input}: expected findings on every line, found plain texts")
     source = find_model(options.model)
     trained = Prompt.load(options.adapter if options.adapter else source)
+    similar = trained.similar if trained else 0
+    if similar and any("similar" not in example.fields for example in examples):
+        raise ValueError(
+            f"{options.input}: this model was trained with {similar} impressions of similar reports in every prompt; "
+            "add them with python -m radllama.similar, from the same training file"
+        )
     prompt_format = options.prompt_format or (trained.format if trained else None)
     tokenizer = Tokenizer.from_dir(source, prompt_format=prompt_format)
     wordings = _wordings(options, (trained.instructions if trained else INSTRUCTIONS)[0])
@@ -190,7 +207,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
         if options.instructions:
             name, extra = f"{name} #{number}", {"instruction": instruction}
             file = file.with_name(f"{file.stem}.{number}{file.suffix}")
-        prompts = render(tokenizer, Prompt(tokenizer.prompt_format, (instruction,)), examples)
+        prompts = render(tokenizer, Prompt(tokenizer.prompt_format, (instruction,), similar), examples)
         work = partial(
             predictions, model, tokenizer, prompts, examples, name=name, samples=options.consensus,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from predictions import REFERENCES, REPORTS, rows_of, two_systems, write
 
-from radllama.baselines import BASELINES, baselines, constant_impression, near_training, nearest
+from radllama.baselines import BASELINES, baselines, constant_impression, near_training
 from radllama.cases import load
 from radllama.metrics import rouge
-
-
-def test_nearest_equals_dense_tf_idf() -> None:
-    rng = np.random.default_rng(7)
-    vocabulary = [f"w{i}" for i in range(30)]
-    weights = 1 / np.arange(1, 31) / sum(1 / np.arange(1, 31))
-    train = [" ".join(rng.choice(vocabulary, rng.integers(3, 25), p=weights)) for _ in range(80)]
-    queries = [" ".join([*rng.choice(vocabulary, 12, p=weights), "unseen"]) for _ in range(40)]
-    counts = np.array([[text.split().count(word) for word in vocabulary] for text in train])
-    idf = [1 + math.log((1 + len(set(train))) / (1 + sum(counts[:, j] > 0))) for j in range(30)]
-
-    def dense(text: str) -> np.ndarray[Any, Any]:
-        tf = [text.split().count(word) for word in vocabulary]
-        vector = np.array([(1 + math.log(c)) * w if c else 0.0 for c, w in zip(tf, idf, strict=True)])
-        return vector / np.linalg.norm(vector)
-
-    matrix = np.stack([dense(text) for text in train])
-    assert len(set(train)) == 80
-    found = nearest(train, queries)
-    assert found == [int((matrix @ dense(query)).argmax()) for query in queries]
-    assert len(set(found)) > 10
-
-
-def test_nearest_breaks_ties_by_order() -> None:
-    train = ["Lungs clear", "effusion left", "LUNGS, clear!", "Effusion left."]
-    assert nearest(train, ["effusion left", "lungs clear", "something else"]) == [1, 0, 0]
-    assert nearest(["...", "肺野清晰"], ["肺野清晰"]) == [0]  # no word that it knows: the first, and no crash
+from radllama.similar import nearest
 
 
 def test_the_constant_is_the_best_of_the_frequent_impressions() -> None:

@@ -54,7 +54,8 @@ def mixed_examples() -> list[Example]:
     ]
     pairs = [Example(f"{n} é", one, other) for n, (one, other) in enumerate((a, b) for a in odd for b in odd)]
     texts = [Example(f"text {n}", text=text) for n, text in enumerate(odd)]
-    return [*pairs, *texts, *synthetic_examples(20)]
+    similar = Example("similar", "Clear.", "Normal.", "", {"similar": ["Old granuloma.", "Never shown."]})
+    return [*pairs, *texts, similar, *synthetic_examples(20)]
 
 
 def assert_same_rows(cache: Cache, examples: list[Example], tokenizer: Tokenizer, prompt: Prompt) -> None:
@@ -113,7 +114,7 @@ FORMATS: list[tuple[str, PromptFormat]] = [
 def both(request: pytest.FixtureRequest) -> tuple[Tokenizer, Prompt]:
     name, prompt_format = request.param
     folder = request.getfixturevalue(name)
-    return Tokenizer.from_dir(folder, prompt_format=prompt_format), Prompt(prompt_format, PROMPT.instructions)
+    return Tokenizer.from_dir(folder, prompt_format=prompt_format), Prompt(prompt_format, PROMPT.instructions, 1)
 
 
 # Rows

@@ -454,9 +454,19 @@ def test_plain_texts_in_a_pack_have_what_they_have_alone(llama: Llama, tokenizer
     check_pack(llama, rows, pack(rows))
 
 
+def test_similar_reports_stand_behind_the_findings(tokenizer: Tokenizer) -> None:
+    fields = {"similar": ["Old granuloma.", "No acute disease.", "Effusion."]}
+    prompt, example = Prompt("llama3", INSTRUCTIONS[:1], similar=2), Example("a", "Lungs clear.", "Normal.", "", fields)
+    (row,) = make_reports(tokenizer, [example], prompt).step(0, 1)
+    text = tokenizer.decode(row.ids)
+    assert "Findings: Lungs clear.\nSimilar report: Old granuloma.\nSimilar report: No acute disease." in text
+    assert "Effusion" not in text
+    assert tokenizer.decode([i for i, own in zip(row.ids, row.mask, strict=True) if own]).startswith("Normal.")
+
+
 def test_prompt_survives_save_and_load(tmp_path: Path) -> None:
     assert Prompt.load(tmp_path) is None
-    prompt = Prompt("alpaca", ("Schließe daraus.", "Conclude."))
+    prompt = Prompt("alpaca", ("Schließe daraus.", "Conclude."), similar=3)
     prompt.save(tmp_path)
     assert Prompt.load(tmp_path) == prompt
 
@@ -472,6 +482,8 @@ def test_prompt_survives_save_and_load(tmp_path: Path) -> None:
         '{"format": "llama3", "instructions": [3]}',
         '{"format": "llama3", "instructions": 3}',
         '{"format": "llama3", "instructions": "Conclude."}',
+        '{"format": "llama3", "instructions": ["Conclude."], "similar": true}',
+        '{"format": "llama3", "instructions": ["Conclude."], "similar": -1}',
     ],
 )
 def test_a_broken_prompt_file_is_named(tmp_path: Path, content: str) -> None:

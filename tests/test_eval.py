@@ -785,7 +785,7 @@ def test_the_command_line_works_alone(two: list[Path], tmp_path: Path) -> None:
     side = (
         "eval agreement baselines cases client clinical deid deid_rules deid_words files judge lexicon metrics rubric"
     )
-    assert loaded <= {"radllama", *(f"radllama.{name}" for name in [*side.split(), "scorecard", "stats"])}
+    assert loaded <= {"radllama", *(f"radllama.{name}" for name in [*side.split(), "scorecard", "similar", "stats"])}
     assert "good - ..." in done.stdout
     assert f"wrote {tmp_path / 'o' / 'metrics.json'}" in done.stdout
     assert done.stderr == ""

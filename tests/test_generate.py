@@ -70,8 +70,8 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
-def test_common_length_equals_the_plain_table(a: list[int], b: list[int]) -> None:
+@given(st.lists(st.sampled_from("abcde"), max_size=12), st.lists(st.sampled_from("abcde"), max_size=12))
+def test_common_length_equals_the_plain_table(a: list[str], b: list[str]) -> None:
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -80,10 +80,19 @@ def test_common_length_equals_the_plain_table(a: list[int], b: list[int]) -> Non
 
 
 def test_consensus_is_what_agrees_most() -> None:
-    assert consensus([[1, 2, 3], [1, 2, 9], [7, 8, 9], [1, 2, 3]]) == [1, 2, 3]
-    assert consensus([[5, 6, 9], [1, 2, 3, 9], [1, 2, 4, 9], [1, 3, 2, 9]]) == [1, 2, 3, 9]
-    assert consensus([[4, 9], [5, 9]]) == [4, 9]  # a tie goes to the earliest
-    assert consensus([[2]]) == [2]
+    assert consensus(["a b x", "a b c", "c y z", "A b, c."]) == 1  # twice the same words
+    assert consensus(["e f z", "a b c z", "a b d z", "a c b z"]) == 1
+    assert consensus(["d", "e"]) == 0  # a tie goes to the earliest
+    assert consensus(["b"]) == 0
+    assert consensus(["", ""]) == 0
+
+
+def test_similar_reports_vote_but_are_not_elected() -> None:
+    candidates = ["no effusion", "no effusion", "no effusion", "small effusion"]
+    assert consensus(candidates) == 0
+    assert consensus(candidates, ["small effusion"]) == 0  # two votes against three
+    assert consensus(candidates, ["small effusion", "a small effusion"]) == 3
+    assert consensus(["a b", "c d"], ["e f"] * 9) == 0
 
 
 def test_consensus_over_samples_of_a_model(tokenizer_folder: Path) -> None:

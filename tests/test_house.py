@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "decode": {"model", "quant"},
     "parts": {"files"},
-    "generate": {"decode", "files", "parts", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
+    "generate": {"decode", "files", "parts", "similar", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},
     "files": set(),
     "sections": set(),
     "deid_words": set(),
@@ -54,8 +54,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": set(),
     "stats": set(),
     "cases": {"files", "metrics", "stats"},
-    "baselines": {"cases", "files", "metrics"},
-    "eval": {"baselines", "cases", "client", "clinical", "files", "judge", "metrics", "rubric", "scorecard", "stats"},
+    "similar": {"files"},
+    "baselines": {"cases", "files", "metrics", "similar"},
+    "eval": {
+        "baselines",
+        "cases",
+        "client",
+        "clinical",
+        "files",
+        "judge",
+        "metrics",
+        "rubric",
+        "scorecard",
+        "similar",
+        "stats",
+    },
 }
 FORBIDDEN = {"transformers", "peft", "trl", "tiktoken"}
 

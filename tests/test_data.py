@@ -230,7 +230,7 @@ def test_a_broken_pack_is_noticed(llama: Llama, rows: list[Row], broken: Callabl
 def test_broken_packed_attention_is_noticed(
     monkeypatch: pytest.MonkeyPatch, llama: Llama, rows: list[Row], target: str, mutant: Any
 ) -> None:
-    monkeypatch.setattr(model_module, target, mutant)
+    monkeypatch.setattr(llama if hasattr(llama, target) else model_module, target, mutant)
     with pytest.raises(AssertionError):
         check_pack(llama, rows, pack(rows))
 

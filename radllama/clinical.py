@@ -19,14 +19,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 from radllama.lexicon import LEXICON, NOWHERE, Token, combine, denied_by, lower, related, sentences
 from radllama.lexicon import tokens as tokens_of
 
-VERSION = "1"
+VERSION = "2"
 ASPECTS = ("entity", "negation", "side", "number", "severity", "prior", "recommendation", "urgent")
 Side = Literal["left", "right", "bilateral"]
 Kind = Literal["entity", "negation", "side", "number", "prior"]
@@ -411,9 +411,16 @@ def statements(text: str) -> list[Statement]:
 
 def _same(a: _Item, b: _Item) -> bool:
     """Whether two items speak of the same finding, be it that one names it more generally ("nodule")."""
-    one, other, general = a.concept, b.concept, LEXICON.general
-    alike = one == other or other in general.get(one, ()) or one in general.get(other, ())
-    return alike and related(a.organ, b.organ)
+    return b.concept in _alike(a.concept) and related(a.organ, b.organ)
+
+
+@cache
+def _alike(concept: str) -> frozenset[str]:
+    """The concept, its more general names, and those that it is a more general name of."""
+    general = LEXICON.general
+    return frozenset(
+        {concept, *general.get(concept, ()), *(name for name, heads in general.items() if concept in heads)}
+    )
 
 
 def _implies(a: _Item, b: _Item) -> bool:
@@ -496,12 +503,14 @@ _NO_COMPARISON = re.compile(r"comparison:?\s*(?:none\b|no\b|n/a|not |$)[^.\n]*",
 _HAS_COMPARISON = re.compile(r"comparison:?\s*\S|\b(?:prior|previous|compared|comparison)\b", re.I)
 
 
+_SIDE_WORDS = [(side, re.compile(f"(?<![a-z]){side}(?![a-z])")) for side in ("left", "right")]
+_PAIRED = re.compile(r"(?<![a-z])(?:bases|apices)(?![a-z])")
 _SIDES: dict[Side | None, str] = {None: "", "left": "l", "right": "r", "bilateral": "lr"}
 
 
 def _both(sides: Iterable[Side | None]) -> set[str]:
     """The sides "l" and "r" of all together."""
-    return {letter for side in set(sides) for letter in _SIDES[side]}
+    return set("".join([_SIDES[side] for side in set(sides)]))
 
 
 def _rounded(value: float, unit: str, known: set[Number]) -> bool:
@@ -516,9 +525,14 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
     told = [item for _, _, item in _items(findings)]
     source = told + [item for _, _, item in _items(context)]
     positive = [item for item in source if not item.negated]
+    affirmed = [item for item in told if item.concept and not item.negated and item.concept != "category"]
+    denied = [item for item in told if item.negated]
     numbers = {number for item in source for number in item.numbers}
-    words = set(re.findall("[a-z]+", lower(findings + context)))
-    anywhere = _both(item.side for item in source) | {side[0] for side in ("left", "right") if side in words}
+    low = lower(findings + context)
+    anywhere = _both([item.side for item in source])
+    anywhere |= {side[0] for side, word in _SIDE_WORDS if side in low and word.search(low)}
+    if _PAIRED.search(low):  # "opacities at the lung bases" are bibasilar
+        anywhere = {"l", "r"}
     prior = any(item.change for item in source) or bool(_HAS_COMPARISON.search(context))
     for start, _, item in _items(impression):
         if not item.concept and not item.change and not item.numbers:
@@ -527,7 +541,7 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
         advice = item.concept in ("recommendation", "communication", "category")
         sized = not item.negated and any(_rounded(*number, numbers) for number in item.numbers)
         if item.concept and not advice:  # "no central mass" denies no mass of a size that the findings give
-            yield *(("entity", True) if sized else _entity_check(item, positive, told)), *span
+            yield *(("entity", True) if sized else _entity_check(item, positive, affirmed, denied)), *span
         if item.side and not advice:
             yield "side", _side_check(item, source, positive, anywhere), *span
         if not advice:
@@ -539,18 +553,21 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
 
 def _side_check(item: _Item, source: Sequence[_Item], positive: Sequence[_Item], anywhere: set[str]) -> bool:
     """A side must stand beside the same finding, or else beside its organ, or else anywhere."""
-    same = _both(other.side for other in positive if _same(item, other))
-    there = (o for o in source if item.concept and item.organ and o.organ == item.organ)
-    near = _both(o.side for o in there if not (o.negated and o.side == "bilateral"))  # "in either breast"
+    alike = _alike(item.concept)
+    same = _both([o.side for o in positive if o.concept in alike and related(item.organ, o.organ)])
+    there = [o for o in source if o.organ == item.organ] if item.concept and item.organ else []
+    near = _both([o.side for o in there if not (o.negated and o.side == "bilateral")])  # "in either breast"
     return _both([item.side]) <= (same or near or anywhere)
 
 
-def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item]) -> tuple[Kind, bool]:
+def _entity_check(
+    item: _Item, positive: Sequence[_Item], affirmed: Sequence[_Item], denied: Sequence[_Item]
+) -> tuple[Kind, bool]:
     """A denial fails where the findings affirm it; an assertion fails where they deny it or hold nothing related."""
-    if not item.negated and any(o.concept and _same(item, o) for o in positive):
-        return "entity", True
-    affirmed = [other for other in told if other.concept and not other.negated and other.concept != "category"]
-    denied = [other for other in told if other.negated]
+    if not item.negated:
+        alike = _alike(item.concept)
+        if any([o.concept in alike and related(item.organ, o.organ) for o in positive]):
+            return "entity", True
     if item.negated:
         if item.concept == "abnormality":
             worst = [o for o in affirmed if o.concept in LEXICON.critical and not o.uncertain]
@@ -561,7 +578,8 @@ def _entity_check(item: _Item, positive: Sequence[_Item], told: Sequence[_Item])
             same = [o for o in same if related(item.organ, o.organ) and _sides_meet(item, o)]
             clash = [o for o in same if not any(d.concept == item.concept and _sides_meet(d, o) for d in denied)]
         return "negation", item.uncertain or not clash  # "no suspicious nodule" leaves room for another
-    if any(_implies(o, item._replace(negated=True)) for o in denied if o.concept == item.concept):
+    no = item._replace(negated=True)
+    if any(o.concept == item.concept and _implies(o, no) for o in denied):
         return "negation", False
     if item.concept == "abnormality":
         return "entity", any(related(item.organ, o.organ) for o in affirmed)

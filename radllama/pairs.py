@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from radllama import deid
 from radllama.clinical import unsupported
-from radllama.deid import Identifier, redact, screen
+from radllama.deid import Identifier, redact, screen, screen_with_presidio
 from radllama.intake import FIELDS, encodable
 from radllama.sections import leaks, parse_report, renumber
 
@@ -32,6 +32,7 @@ class Options:
     min_impression_words: int = 2
     addendum: Literal["drop", "append", "quarantine"] = "drop"  # of an addendum's text; see sections.parse_report
     deid: Literal["screen", "redact", "off"] = "screen"
+    deid_backend: Literal["rules", "presidio"] = "rules"  # presidio: the rules and what Presidio adds; slow
     surrogates: bool = False  # redact with surrogates and shifted dates instead of "[NAME]", "[DATE]"
     key: bytes = field(default=b"", repr=False)  # the site's secret: pseudonyms, surrogates, and the draw of the splits
     max_placeholders: float = 1 / 3  # a larger share of the words of findings or impression drops the report
@@ -92,6 +93,7 @@ class Dropped:
 
 # What de-identification or a template left open: XXXX, ___, ***, [**...**], [ ], <...>, {...}.
 _PLACEHOLDER = re.compile(r"\bX{3,}\b|_{3,}|\*{3,}|\[\*\*[^\]]*\*\*\]|\[ *\]|<[^<>\n]{0,40}>|\{[^{}\n]{0,40}\}")
+_SIGNS = ("XXX", "___", "***", "[", "<", "{")  # one of them is in every placeholder
 _HEADED = re.compile(r"\s*(?:findings?|impressions?)\s*:\s*", re.I)
 _DOTS = re.compile(r"(?<!\.)\. ?\.(?=\s|\Z)")  # "effusion.." and "effusion. .": an empty sentence; an ellipsis stays
 _SENTENCE = re.compile(r"[.;\n]\s*")
@@ -142,7 +144,9 @@ def process(record: Mapping[str, Any], options: Options = Options()) -> Pair | D
             missing = [part for part, text in (("findings", findings), ("impression", impression)) if not text]
             return Dropped(name, f"no_{missing[0]}" if len(missing) == 1 else "empty_report")
 
-    findings, impression = _DOTS.sub(".", findings), _DOTS.sub(".", impression)
+    findings, impression = (
+        _DOTS.sub(".", text) if ".." in text or ". ." in text else text for text in (findings, impression)
+    )
     lengths = len(findings.split()), len(impression.split())
     for part, length, least in zip(
         ("findings", "impression"), lengths, (options.min_findings_words, options.min_impression_words), strict=True
@@ -176,7 +180,7 @@ def _problems(findings: str, impression: str, context: str, lengths: tuple[int, 
     found: list[str] = []
     if options.placeholder != "off":
         for text, length in zip((findings, impression), lengths, strict=True):
-            if count := len(_PLACEHOLDER.findall(text)):
+            if any(sign in text for sign in _SIGNS) and (count := len(_PLACEHOLDER.findall(text))):
                 found += ["placeholder"] * (not found)
                 if count > options.max_placeholders * length:
                     return ["placeholders"] if options.placeholder != "drop" else ["placeholder"]
@@ -194,13 +198,11 @@ def _repeated(findings: str, impression: str) -> bool:
     """Whether the text stands there twice: long sentences that repeat others make up 30 % of it, or both are equal."""
     if findings.lower() == impression.lower():
         return True
-    seen: set[str] = set()
-    twice = 0
-    for sentence in _SENTENCE.split(findings.lower()):
-        if len(sentence) >= 20:
-            twice += len(sentence) * (sentence in seen)
-            seen.add(sentence)
-    return twice >= 0.3 * len(findings)
+    sentences = [sentence for sentence in _SENTENCE.split(findings.lower()) if len(sentence) >= 20]
+    distinct = set(sentences)
+    if len(distinct) == len(sentences):
+        return False
+    return sum(map(len, sentences)) - sum(map(len, distinct)) >= 0.3 * len(findings)
 
 
 def _english(text: str) -> bool:
@@ -216,20 +218,21 @@ def _screened(pair: Pair, flags: list[str], options: Options) -> Pair | Dropped:
     """The pair without identifiers. Under "screen" an indication or a comparison that holds some is left out: a date of
     comparison stands in most reports, and the pair does not need it."""
     texts = {name: getattr(pair, name) for name in ("findings", "impression", "indication", "comparison")}
-    if options.deid == "off" or not (found := screen("\n\n".join(texts.values()))):
+    find = screen_with_presidio if options.deid_backend == "presidio" else screen
+    if options.deid == "off" or not (found := find("\n\n".join(texts.values()))):
         return replace(pair, flags=tuple(flags)) if flags else pair
     if options.deid == "screen":
-        if inside := screen(f"{pair.findings}\n\n{pair.impression}"):
+        if inside := find(f"{pair.findings}\n\n{pair.impression}"):
             return Dropped(pair.id, "identifier", _kinds(inside))
         for name in ("indication", "comparison"):
-            if screen(texts[name]):
+            if find(texts[name]):
                 texts[name] = ""
                 flags.append(f"{name}_withheld")
     elif options.surrogates:
         owner = pair.patient_id or pair.id
-        texts = {n: deid.replace(text, key=options.key, patient=owner) for n, text in texts.items()}
+        texts = {n: deid.replace(t, key=options.key, patient=owner, found=find(t)) for n, t in texts.items()}
     else:
-        texts = {n: redact(text) for n, text in texts.items()}
+        texts = {n: redact(redact(text, find(text))) for n, text in texts.items()}
     return replace(pair, **texts, flags=tuple(flags), identifiers=_kinds(found))
 
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,11 +132,12 @@ def _counts(kinds: str) -> dict[str, int]:
     return {kind: int(count) for kind, count in (item.split(":") for item in kinds.split())}
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _WRITTEN = tuple(entry.name for entry in fields(Pair) if entry.name != "identifiers")
 
 
 def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
+    return _encode(value).encode("utf-8", "replace").decode() + "\n"
 
 
 def _outgoing(pair: Pair, date: int, options: Options) -> dict[str, Any]:
@@ -295,13 +297,20 @@ def _fingerprint(settings: Settings) -> str:
     return state.hexdigest()
 
 
+def _workers() -> BaseContext:
+    """Workers are forked from a server that has imported everything once and has no threads."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["radllama.reports"])
+    return context
+
+
 def _scan_all(files: Sequence[Path | str], store: Store, settings: Settings, workers: int) -> None:
     """Bring the store up to date with the inputs; chunks keep their order, however many workers there are."""
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # rensa's threads: the workers are the parallelism
     waiting: deque[tuple[str, int, Future[Scanned]]] = deque()
     reused = len(store.entries)
     number = 0
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, mp_context=_workers()) if workers > 1 else None
     bar = tqdm(total=total_bytes(files), desc="read and screen", unit="B", unit_scale=True, smoothing=0.05)
 
     def finish() -> None:
@@ -441,6 +450,14 @@ def prepare(inputs: Sequence[str | Path], out: str | Path, settings: Settings, *
     total_bytes(inputs)  # says at once which path is wrong
     if settings.near:
         duplicates.band_keys(np.ones(1, np.uint32), np.ones(1, np.int64))  # or that rensa is missing
+    if settings.options.deid != "off" and settings.options.deid_backend == "presidio":
+        try:
+            deid.screen_with_presidio("")
+        except ImportError:
+            raise ValueError(
+                "--deid-backend presidio needs Presidio: pip install 'radllama[presidio]' and a spaCy model, or leave "
+                "--deid-backend out for the rules alone"
+            ) from None
     work = folder / ".work"
     store = Store(work, _fingerprint(settings))
     try:
@@ -498,6 +515,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     judge.add_argument("--addendum", choices=("drop", "append", "quarantine"), default=default.addendum)
     hide = parser.add_argument_group("de-identification (screening, not certification)")
     hide.add_argument("--deid", choices=("screen", "redact", "off"), default=default.deid)
+    hide.add_argument(
+        "--deid-backend",
+        choices=("rules", "presidio"),
+        default=default.deid_backend,
+        help="presidio: the rules and Presidio's names and places (slow; pip install 'radllama[presidio]')",
+    )
     hide.add_argument("--surrogates", action="store_true", help="with --deid redact: other names, shifted dates")
     hide.add_argument("--key-file", type=Path, metavar="FILE", help="the site's secret; made where there is none")
     hide.add_argument("--no-text", action="store_true", help="keep report text out of quarantine.jsonl")

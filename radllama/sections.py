@@ -214,6 +214,7 @@ _MARKUP = re.compile(r"\*\*|(?<!_)__(?=[^\W_])|(?<=[^\W_])__(?!_)|^[ \t]*(?:#+ |
 _CONTENT = re.compile(r"[^\W_]")
 _WORDS = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
 _MARK = re.compile(r"(?<!\S)(?:\((\d{1,2})\)|#?(\d{1,2})[.)]+|(\d{1,2}) ?[-:](?= ))(?=\s|[A-Za-z(\"']|\Z)")
+_LAST_WORD = re.compile(r"([\w-]+)[:.]?\Z")
 _REPEATED = re.compile(r"(?:(?:\(1\)|#?1[.)]+|[-*•·▪‣◦●–]) +)+")
 _BULLET = re.compile(r"\n[ \t]*[-*•·▪‣◦●–][ \t]+")
 _NUMBERED = _set(  # words that take a number: "segment 6."; and "bi-rads", "lung-rads" ...
@@ -280,7 +281,9 @@ def _find(source: str, flat: str) -> list[_Heading]:
 
 def _judge(source: str, flat: str, start: int, end: int, last: str, seen: set[str]) -> _Heading | None:
     """The heading at the phrase flat[start:end] of the table, or None where the phrase is part of a sentence."""
-    phrase, word = _SPACES_RUN.sub(" ", flat[start:end]), source[start:end]
+    phrase, word = flat[start:end], source[start:end]
+    if "  " in phrase:
+        phrase = _SPACES_RUN.sub(" ", phrase)
     name, weak = _NAMES[phrase]
     case = "upper" if word.isupper() else "title" if word[0].isupper() else "lower"
     if case == "title" and (final := word.rpartition(" ")[2]).isupper() and final.lower() in _NAMES:
@@ -476,7 +479,7 @@ def parse_report(text: str, *, addendum: Literal["drop", "append", "quarantine"]
         reason = "empty_findings" if "findings" in texts else "no_findings"
     elif not impression:
         reason = "empty_impression" if "impression" in texts else "preliminary_only" if preliminary else "no_impression"
-    elif len({" ".join(_WORDS.findall(words.lower())) for words in candidates}) > 1:
+    elif len(candidates) > 1 and len({" ".join(_WORDS.findall(words.lower())) for words in candidates}) > 1:
         reason = "several_impressions"
     elif _repeats(impression, findings):
         reason = "impression_in_findings"
@@ -543,16 +546,20 @@ def _renumber_once(text: str) -> str:
         own_line = not before or before[-1] == "\n"
         before = before.rstrip()
         due = int(match[1] or match[2] or match[3]) == len(marks) + 1
-        if word := re.search(r"([\w-]+)[:.]?\Z", before.lower()):
+        if own_line:
+            good = marks or due
+        else:
+            capital = marks and text[match.end() : match.end() + 4].lstrip()[:1].isupper()
+            good = due and not match[3] and (before[-1] in ".!?;:)" or capital)
+        if not good:
+            continue
+        if word := _LAST_WORD.search(before[before.rfind(" ") + 1 :].lower()):
             if before[-1] == ".":
                 if word[1] in _DOTTED:
                     continue
             elif word[1] in _NUMBERED or word[1].endswith("rads"):
                 continue
-        capital = text[match.end() : match.end() + 4].lstrip()[:1].isupper()
-        stopped = before[-1:] in tuple(".!?;:)") or (marks and capital)
-        if (marks or due) if own_line else (due and stopped and not match[3]):
-            marks.append(match)
+        marks.append(match)
     if len(marks) > 1 or (marks and marks[0].start() == 0):
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
         preface, items = text[: marks[0].start()], [text[m.end() : end] for m, end in zip(marks, ends, strict=True)]

@@ -248,6 +248,13 @@ NODULE = "There is a 12 mm nodule in the right upper lobe. The heart is normal."
         (NODULE, "Right upper lobe nodule. Recommend CT in 6 months.", "", []),
         ("Nodules in the left and right breast.", "Bilateral breast nodules.", "", []),
         ("The liver is enlarged.", "Splenomegaly.", "", ["entity"]),
+        ("Patchy opacity at the left base.", "Continued concern for pneumonia.", "", []),
+        (NODULE, "Without comparisons, the right upper lobe nodule is indeterminate.", "", []),
+        (NODULE, "Right upper lobe nodule. No prior studies are available.", "", []),
+        ("Metallic fragments in the left chest wall.", "Metallic fragments from a prior gunshot wound.", "", []),
+        ("Streaky opacities at the lung bases.", "Bibasilar atelectasis.", "", []),
+        ("Streaky opacity at the right lung base.", "Bibasilar atelectasis.", "", ["side"]),
+        (NODULE, "Right upper lobe nodule, unchanged from the prior study.", "", ["prior"]),
         ("", "", "", []),
     ],
 )

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from report_tables import IDS, OUTPUTS, everything, lines, outputs, reasons, rows, write_csv
 
-from radllama import duplicates, intake, reports
+from radllama import deid, duplicates, intake, reports
 from radllama.data import read_examples
 from radllama.reports import Options, Settings, main, prepare, pseudonym
 from radllama.sections import leaks
@@ -276,3 +277,34 @@ def test_without_the_extra_exact_duplicates_still_work(
 def test_nothing_of_torch_is_loaded() -> None:
     code = "import sys, radllama.reports; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+class Analyzer:
+    """Stands for presidio_analyzer.AnalyzerEngine: it knows one name."""
+
+    def analyze(self, text: str, language: str) -> list[SimpleNamespace]:
+        start = text.find("Jolanta")
+        return [SimpleNamespace(entity_type="PERSON", start=start, end=start + 7)] if start >= 0 else []
+
+
+def test_presidio_joins_the_rules_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = rows(20)
+    table[3]["findings"] += " Jolanta walked in."
+    run = [str(write_csv(tmp_path / "a.csv", table)), "--id", "uid", "--patient", "mrn", "--near", "off", "--out"]
+    presidio = ["--deid-backend", "presidio"]
+    deid._analyzer.cache_clear()
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    assert main([*run, str(tmp_path / "none"), *presidio]) == 2
+    assert "radllama[presidio]" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=Analyzer))
+    try:
+        for out, more in (("rules", []), ("both", presidio), ("redacted", [*presidio, "--deid", "redact"])):
+            assert main([*run, str(tmp_path / out), *more]) == 0
+    finally:
+        deid._analyzer.cache_clear()
+    assert "identifier" not in reasons(tmp_path / "rules").values()
+    assert reasons(tmp_path / "both")["r3"] == "identifier"
+    assert any("[NAME] walked in." in row["findings"] for row in everything(tmp_path / "redacted"))

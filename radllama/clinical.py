@@ -566,7 +566,7 @@ def _entity_check(
     """A denial fails where the findings affirm it; an assertion fails where they deny it or hold nothing related."""
     if not item.negated:
         alike = _alike(item.concept)
-        if any([o.concept in alike and related(item.organ, o.organ) for o in positive]):
+        if any(o.concept in alike and related(item.organ, o.organ) for o in positive):
             return "entity", True
     if item.negated:
         if item.concept == "abnormality":

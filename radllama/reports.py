@@ -515,12 +515,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     judge.add_argument("--addendum", choices=("drop", "append", "quarantine"), default=default.addendum)
     hide = parser.add_argument_group("de-identification (screening, not certification)")
     hide.add_argument("--deid", choices=("screen", "redact", "off"), default=default.deid)
-    hide.add_argument(
-        "--deid-backend",
-        choices=("rules", "presidio"),
-        default=default.deid_backend,
-        help="presidio: the rules and Presidio's names and places (slow; pip install 'radllama[presidio]')",
-    )
+    backend = "presidio: the rules, and Presidio's names and places (slow; needs radllama[presidio])"
+    hide.add_argument("--deid-backend", choices=("rules", "presidio"), default=default.deid_backend, help=backend)
     hide.add_argument("--surrogates", action="store_true", help="with --deid redact: other names, shifted dates")
     hide.add_argument("--key-file", type=Path, metavar="FILE", help="the site's secret; made where there is none")
     hide.add_argument("--no-text", action="store_true", help="keep report text out of quarantine.jsonl")

@@ -12,7 +12,8 @@ writes what it has measured as it goes: a failure or an end of time loses nothin
 
     correct     kernels, 4-bit codes, losses, gradients and decoding against plain forms and the CPU
     attention   a packed row's attention, forward and backward: variable-length kernel, a call a segment, one mask, Flex
-    train-8b    QLoRA (NF4, double-quantised; LoRA on all projections) of Llama 3 8B: pack lengths, ranks, recomputing
+    train-8b    QLoRA (NF4, double-quantised; LoRA on all projections) of Llama 3 8B: pack lengths, ranks, recomputing,
+                weights kept de-quantised, compiled norms, and a profile by kernel
     peers-8b    the same reports: as commonly configured (padded batches of 8, checkpointing), and tuned by hand
                 (sorted by length, no mask, no checkpointing, the head at labels alone)
     train-70b   the 70B shape
@@ -98,6 +99,7 @@ CASES = {
 }
 SMOKE_CASES = [Case(400, rank=4), Case(300, rank=4, recompute=0.5, keep=True)]
 EQUAL_TOKENS = 16_384  # the reports that both sides train on
+PROFILED = (Case(16_384), Case(16_384, compile=True), SMOKE_CASES[0])
 
 
 def step_of(model: Llama, rows: list[Row], optimizer: torch.optim.Optimizer, device: torch.device) -> Callable[[], Any]:
@@ -146,6 +148,20 @@ def train(bench: Bench, size: str) -> None:
                 seconds, peak = bench.time(step, turns=3 if size == "70b" or bench.smoke else 5)
             computed = pack(rows).tokens.shape[1]
             bench.add(**what, **rates(computed, len(rows), seconds, peak, count))
+            if size == "8b" and case in PROFILED:
+                profile(bench, step, "compiled" if case.compile else "plain")
+
+
+def profile(bench: Bench, step: Callable[[], Any], name: str) -> None:
+    """Write where a step's time goes, by kernel."""
+    on_gpu = bench.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * on_gpu]
+    with torch.profiler.profile(activities=activities) as seen:
+        step()
+        bench.sync()
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    text = seen.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+    (bench.out / f"profile-{name}.txt").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the peers' training

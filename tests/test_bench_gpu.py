@@ -33,6 +33,7 @@ def test_the_stages_without_peers(gpu: Any, tmp_path: Path) -> None:
     for row in gpu.run_stage("train-8b", tmp_path, smoke=True):
         assert row["tokens_per_second"] == pytest.approx(row["computed_tokens"] / row["seconds"])
         assert 0.8 * row["tokens"] < row["computed_tokens"] < row["tokens"]
+    assert "aten::mm" in (tmp_path / "train-8b" / "profile-plain.txt").read_text(encoding="utf-8")
     text = gpu.table(tmp_path)
     assert "train-70b: nothing measured" in text
     assert "computed_tokens" in text

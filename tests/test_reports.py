@@ -13,10 +13,15 @@ from typing import Any
 import pytest
 from report_tables import IDS, OUTPUTS, everything, lines, outputs, reasons, rows, write_csv
 
-from radllama import deid, duplicates, intake, reports
-from radllama.data import read_examples
-from radllama.reports import Options, Settings, main, prepare, pseudonym
-from radllama.sections import leaks
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "assets"), str(ROOT / "bench")]
+import make_raw  # noqa: E402
+import prepare as bench  # noqa: E402
+
+from radllama import deid, duplicates, intake, reports  # noqa: E402
+from radllama.data import read_examples  # noqa: E402
+from radllama.reports import Options, Settings, main, prepare, pseudonym  # noqa: E402
+from radllama.sections import leaks  # noqa: E402
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +282,21 @@ def test_without_the_extra_exact_duplicates_still_work(
 def test_nothing_of_torch_is_loaded() -> None:
     code = "import sys, radllama.reports; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_bench_tells_what_became_of_what_was_planted(tmp_path: Path) -> None:
+    make_raw.write_export(tmp_path / "raw.jsonl", 300, 1)
+    found = bench.measure(tmp_path / "raw.jsonl", tmp_path, 300, 1)
+    assert set(found["stages"]) == {title for _, title in bench.STAGES.values()}
+    assert 0 < found["disk MB"] < 10
+    for kind in ("exact_duplicate", "restyled_duplicate"):
+        told = found["duplicates"][kind]
+        assert told["one group"] == told["with original"] > 0
+    assert found["faults"]["no_impression"]["dropped"] == {"no_impression": found["faults"]["no_impression"]["planted"]}
+    assert found["faults"]["prior"]["flagged"]["prior"] > 0
+    assert json.loads(json.dumps(found))["reports"] == 300
+    bench.show(found)
+    assert reports.near_held_out.__module__ == "radllama.held_out"
 
 
 class Analyzer:

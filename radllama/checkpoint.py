@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from radllama.model import Llama, LlamaConfig
 from radllama.quant import STATE_KEY, Linear4bit, QuantType
 
 Quantize = Literal["nf4", "fp4"]
+Partition = Callable[[nn.Parameter], None]  # replaces a parameter's data by this rank's part of it
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _SHARD = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,50}\.safetensors")  # a plain name, which cannot leave its folder
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as; safetensors' names
@@ -159,11 +160,14 @@ def load_model(
     device: torch.device | str = "cpu",
     double_quant: bool = True,
     progress: bool = False,
+    partition: Partition | None = None,
 ) -> Llama:
     """A Llama with the folder's weights in `dtype` on `device`.
 
     quantize: store the seven projections of every layer in 4 bits, each as it is read. A folder whose weights are
     in bitsandbytes' 4-bit format loads as it is. Memory: the finished model and two tensors.
+    partition: called with each parameter as it is read, to keep this rank's part of it. What it finds may lie in the
+    file's own pages, so that the other parts are never read.
     Raises ValueError listing every missing, unexpected and misshapen tensor at once.
     """
     folder = Path(path)
@@ -176,8 +180,19 @@ def load_model(
         model = Llama(config)
     _check_ledger(model, files, stored_4bit)
     bar = tqdm(total=len(files.shapes), desc="load weights", unit="tensor", disable=not progress, leave=False)
+
+    def keep(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """Out of the file's pages: all of it, or this rank's part."""
+        if partition is None:
+            return nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=tensor.is_floating_point())
+        parameter = nn.Parameter(tensor.to(dtype), requires_grad=tensor.is_floating_point())
+        partition(parameter)
+        return parameter
+
     for layer, names in stored_4bit.items():
-        replace_layer(model, layer, files.read_4bit(layer, names).to(device))
+        packed = files.read_4bit(layer, names)
+        packed.weight, packed.statistics = keep(packed.weight.detach()), keep(packed.statistics.detach())
+        replace_layer(model, layer, packed)
         bar.update(len(names))
     for name, _ in list(model.named_parameters()):
         layer, _, kind = name.rpartition(".")
@@ -186,10 +201,16 @@ def load_model(
         stored = files.read(name)
         if quantize is not None and layer.rpartition(".")[2] in ALL_LINEAR:
             weight = stored.to(device=device, dtype=dtype)  # no copy where the file has that dtype: read in slices
-            replace_layer(model, layer, Linear4bit.from_weight(weight, quant_type=quantize, double_quant=double_quant))
+            try:
+                packed = Linear4bit.from_weight(weight, quant_type=quantize, double_quant=double_quant)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {name}: {error}") from None
+            if partition is not None:
+                partition(packed.weight)
+                partition(packed.statistics)
+            replace_layer(model, layer, packed)
         else:
-            tensor = stored.to(device=device, dtype=dtype, copy=True)
-            setattr(model.get_submodule(layer), kind, nn.Parameter(tensor))
+            setattr(model.get_submodule(layer), kind, keep(stored, dtype))
         bar.update()
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

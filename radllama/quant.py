@@ -137,7 +137,10 @@ class Linear4bit(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Linear4bit:
-        """The inverse of `tensors`. Raises ValueError where the format is not one this layer can hold."""
+        """The inverse of `tensors`, sharing memory with them where it can.
+
+        Raises ValueError where the format is not one this layer can hold.
+        """
         state_key = next((key for key in tensors if key.startswith(f"weight.{STATE_KEY}")), None)
         if state_key is None:
             raise ValueError(f"expected a tensor weight.{STATE_KEY}nf4 or ...fp4 beside the packed weight")
@@ -164,7 +167,7 @@ class Linear4bit(nn.Module):
                 raise ValueError(
                     f"{name}: expected {wanted.numel()} bytes for {tuple(state.shape)}, found {found.numel()}"
                 )
-        layer.weight, layer.statistics = _frozen(packed.clone()), _frozen(statistics.clone())
+        layer.weight, layer.statistics = _frozen(packed), _frozen(statistics)
         return layer
 
     @staticmethod

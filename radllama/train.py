@@ -13,7 +13,6 @@ The run folder (training.output) afterwards holds
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -37,8 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from radllama.attention import row_attention
+from radllama.build import build_model, partition_of
 from radllama.cache import open_cache
-from radllama.checkpoint import atomic_folder, find_model, load_model, write_model_into
+from radllama.checkpoint import atomic_folder, find_model, write_model_into
 from radllama.config import Config, read_config
 from radllama.data import (
     INSTRUCTIONS,
@@ -52,7 +52,7 @@ from radllama.data import (
     spread,
 )
 from radllama.files import replace_text
-from radllama.lora import add_lora, lora_parameters, save_adapter
+from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
 from radllama.run import (
     MetricsLog,
@@ -108,7 +108,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
         dist.barrier()  # every rank has checked; from here on something is written
         if place.rank == 0:
             write_config(config, folder)
-        model = build_model(config, source, place)
+        seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
+        model = build_model(
+            config, source, device=place.device, dtype=place.dtype, progress=place.rank == 0,
+            partition=partition_of(deepspeed_settings(config, place), place.device))  # fmt: skip
         model.packed_attention = row_attention
         model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
         engine = start_engine(config, model, place)
@@ -381,51 +384,6 @@ def warn_of_untrained_headers(config: Config, source: Path, tokenizer: Tokenizer
             source, tokenizer.prompt_format, config.method)  # fmt: skip
 
 
-def build_model(config: Config, source: Path, place: Place) -> Llama:
-    """The model on its device in the compute dtype, with exactly the parameters of the method trainable."""
-    seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
-    if config.model.from_scratch:
-        model = Llama(LlamaConfig.from_json(source))
-        init_weights(model, config.training.seed)
-        return model.to(device=place.device, dtype=place.dtype)
-    quantize = config.quantization.type if config.method == "qlora" and not stored_in_4bit(source) else None
-    if config.method == "qlora" and quantize is None and "quantization" in config.model_fields_set:
-        logger.info("%s is in 4 bits already and taken as it is; the quantization section is not used", source)
-    model = load_model(
-        source, quantize=quantize, dtype=place.dtype, device=place.device,
-        double_quant=config.quantization.double_quant, progress=place.rank == 0)  # fmt: skip
-    if config.method != "full":
-        lora = config.lora
-        add_lora(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=list(lora.targets),
-            rslora=lora.rslora,
-        )
-    elif stored_in_4bit(source):
-        raise ValueError(f"{source}: 4-bit weights cannot be trained in full; use method qlora or the original weights")
-    return model
-
-
-@torch.no_grad()
-def init_weights(model: Llama, seed: int, std: float = 0.02) -> None:
-    """Random weights for training from scratch: N(0, std), residual outputs scaled by depth (GPT-2), norms one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-            continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        scale = std / math.sqrt(2 * model.config.num_hidden_layers) if residual else std
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-def stored_in_4bit(source: Path) -> bool:
-    return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
-
-
 def needs_checkpointing(config: Config, model: Llama, reports: Reports, place: Place) -> bool:
     """Whether to recompute activations in the backward pass (a third more work) instead of keeping them."""
     choice = config.training.gradient_checkpointing
@@ -436,7 +394,8 @@ def needs_checkpointing(config: Config, model: Llama, reports: Reports, place: P
         group for step in range(8) for group in spread(reports.step(step, t.batch_size), place.world * t.accumulation)
     ]
     tokens = max(sum(len(row.ids) for row in group) for group in packs)
-    needed = tokens * activation_bytes(model, place) * model.config.num_hidden_layers
+    with gather(list(model.model.layers[0].parameters())):
+        needed = tokens * activation_bytes(model, place) * model.config.num_hidden_layers
     if place.device.type == "cuda":
         free = torch.cuda.mem_get_info(place.device)[0]
     else:

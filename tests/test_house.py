@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"files"},
     "run": {"config", "files"},
     "cache": {"data", "files", "tokenizer"},
+    "build": {"checkpoint", "config", "lora", "model"},
     "train": {
-        *{"attention", "cache", "config", "files", "tokenizer", "data", "model", "quant", "lora", "checkpoint", "run"}
+        *{"attention", "build", "cache", "config", "files", "tokenizer", "data", "model", "lora", "checkpoint", "run"}
     },
     "decode": {"model", "quant"},
     "parts": {"files"},

@@ -33,7 +33,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -314,7 +314,10 @@ def encode_pieces(
         texts += ("", e.text) if e.text else (user_text(prompt, prompt.question(e)), e.impression.strip())
     ids = tokenizer.encode_batch(texts)
     sizes = np.fromiter(map(len, ids), np.int64, len(ids)).reshape(-1, 2)
-    parts = np.fromiter(chain.from_iterable(ids), dtype, int(sizes.sum()))
+    flat = array("I")  # takes a list of numbers in a quarter of the time that NumPy takes
+    for part in ids:
+        flat.fromlist(part)
+    parts = np.frombuffer(flat, np.uint32).astype(dtype, copy=False)
     around = max(map(len, template.heads)) + len(template.tail)
     prompts = np.where(sizes[:, 0] == 0, 1, sizes[:, 0] + around)
     return Encoded(sizes, np.stack([prompts, prompts + sizes[:, 1] + 1], axis=1), parts)
@@ -342,12 +345,13 @@ def batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 def ahead(
     batches: Iterable[list[Example]], encode: Callable[[list[Example]], Encoded]
 ) -> Iterator[tuple[list[Example], Encoded]]:
-    """Batches and what `encode` makes of them. It runs in a thread, while the caller reads and writes others."""
-    with ThreadPoolExecutor(1) as thread:
+    """Batches and what `encode` makes of them, in their order. It runs in two threads, while the caller reads and
+    writes others: one is in the tokenizer's own threads while the other turns its ids into an array."""
+    with ThreadPoolExecutor(2) as threads:
         waiting: list[tuple[list[Example], Future[Encoded]]] = []
         for batch in batches:
-            waiting.append((batch, thread.submit(encode, batch)))
-            if len(waiting) == 2:
+            waiting.append((batch, threads.submit(encode, batch)))
+            if len(waiting) == 3:
                 examples, future = waiting.pop(0)
                 yield examples, future.result()
         for examples, future in waiting:

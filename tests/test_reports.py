@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "assets"), str(ROOT / "bench")]
 import make_raw  # noqa: E402
 import prepare as bench  # noqa: E402
 
-from radllama import deid, duplicates, intake, reports  # noqa: E402
+from radllama import deid, duplicates, intake, reports, store  # noqa: E402
 from radllama.data import read_examples  # noqa: E402
 from radllama.reports import Options, Settings, main, prepare, pseudonym  # noqa: E402
 from radllama.sections import leaks  # noqa: E402
@@ -164,7 +164,7 @@ class Stop(Exception):
 def interrupted(source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     calls, scan = 0, reports.scan
 
-    def failing(packed: bytes, given: Settings) -> reports.Scanned:
+    def failing(packed: bytes, given: Settings) -> store.Scanned:
         nonlocal calls
         calls += 1
         if calls > after:
@@ -185,7 +185,7 @@ def test_a_second_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out" / "train.jsonl").exists()
     scan, calls = reports.scan, 0
 
-    def counting(packed: bytes, given: Settings) -> reports.Scanned:
+    def counting(packed: bytes, given: Settings) -> store.Scanned:
         nonlocal calls
         calls += 1
         return scan(packed, given)
@@ -225,9 +225,9 @@ def test_a_stale_state_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 KILLED = """
 import os, signal, sys
-from radllama import intake, reports
+from radllama import intake, reports, store
 intake.CHUNK_ROWS = 25
-append, left = reports.Store.append, [int(sys.argv[1])]
+append, left = store.Store.append, [int(sys.argv[1])]
 def killing(self, digest, scanned):
     left[0] -= 1
     if not left[0]:
@@ -235,7 +235,7 @@ def killing(self, digest, scanned):
         self._open[3].flush()
         os.kill(os.getpid(), signal.SIGKILL)
     append(self, digest, scanned)
-reports.Store.append = killing
+store.Store.append = killing
 sys.exit(reports.main(sys.argv[2:]))
 """
 
@@ -256,9 +256,9 @@ def test_kill_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    first = reports.Store(tmp_path / "out" / ".work", "a")
+    first = store.Store(tmp_path / "out" / ".work", "a")
     with pytest.raises(ValueError, match="another run"):
-        reports.Store(tmp_path / "out" / ".work", "a")
+        store.Store(tmp_path / "out" / ".work", "a")
     first.close()
 
 

@@ -137,7 +137,7 @@ class WeightFiles:
         try:
             return Linear4bit.from_tensors({name.removeprefix(f"{layer}."): self.read(name) for name in names})
         except ValueError as error:
-            raise ValueError(f"{self.folder}: layer {layer}: {error}") from None
+            raise ValueError(f"{self.folder}: layer {layer}: {error!s:.500}") from None
 
 
 def _read_index(file: Path) -> dict[str, str]:

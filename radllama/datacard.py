@@ -278,6 +278,10 @@ def _risks(settings: Mapping[str, Any], splits: Mapping[str, Any]) -> str:
     if not any(split["patients"] for split in splits.values()):
         risks.append("No patient ids: two reports of one patient may stand on both sides of a split unless they are "
                      "near duplicates.")  # fmt: skip
+    if settings.get("canaries"):
+        risks.append(f"`train.jsonl` ends with {settings['canaries']} canaries, made-up reports that are not counted "
+                     "above; `canaries.jsonl` lists them, and `python -m radllama.canaries` measures what a model "
+                     "remembers of them.")  # fmt: skip
     if not settings["near"]:
         risks.append("Near duplicates were not searched for (`--near off`).")
     return "\n".join(f"- {risk}" for risk in risks)

@@ -447,6 +447,8 @@ def _load(line: bytes) -> Any:
         return Bad("bad_json", f"column {error.colno}: {error.msg}", line.decode("utf-8", "replace"))
     except RecursionError:
         return Bad("bad_json", "nested too deeply")
+    except ValueError:
+        return Bad("bad_json", "a number of thousands of digits")
     if not isinstance(row, dict):
         return Bad("bad_json", f"expected an object, found {type(row).__name__}", line.decode("utf-8", "replace"))
     return row

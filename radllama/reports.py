@@ -40,6 +40,7 @@ from radllama.datacard import LABELS, UNREADABLE, contamination, describe, funne
 from radllama.held_out import near_held_out
 from radllama.intake import FIELDS, Bad, Chunk, Columns, chunks, records, sources, total_bytes
 from radllama.pairs import FLAGS, POLICIES, Dropped, Options, Pair, Policy, process, pseudonym
+from radllama.planted import CANARIES_FILE, plant
 from radllama.sections import ParsedReport, Section, parse_report
 from radllama.store import FILES, KEPT, Scanned, Store
 
@@ -167,6 +168,7 @@ class Settings:
     test_from: int = 0  # YYYYMMDD
     max_bad: float = 0.05
     keep_text: bool = True
+    canaries: int = 0  # planted in train
 
 
 def _fingerprint(settings: Settings) -> str:
@@ -312,7 +314,7 @@ def _identifiers(store: Store) -> dict[str, dict[str, int]]:
 
 def _told(settings: Settings) -> dict[str, Any]:
     """The settings without the secret."""
-    told = asdict(settings.options) | {name: getattr(settings, name) for name in ("near", "cap", "max_bad")}
+    told = asdict(settings.options) | {name: getattr(settings, name) for name in ("near", "cap", "max_bad", "canaries")}
     shares = dict(zip(duplicates.SPLITS, settings.shares, strict=True))
     return told | {"key": bool(settings.options.key), "test_from": settings.test_from, "shares": shares}
 
@@ -349,6 +351,8 @@ def prepare(inputs: Sequence[str | Path], out: str | Path, settings: Settings, *
         shutil.rmtree(ready, ignore_errors=True)
         ready.mkdir()
         _write(store, settings, split, reason, ready)
+        (folder / CANARIES_FILE).unlink(missing_ok=True)  # of an earlier run: this one's train may not hold them
+        plant(ready, settings.canaries, seed="".join(entry["digest"] for entry in store.entries))
         summary = {
             "sources": [Path(given).name for given in inputs],
             "stages": funnel(store.entries, reason),
@@ -407,6 +411,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     split.add_argument("--test-from", default="", metavar="DATE", help="test holds the reports from 2018-01-01 on, say")
     split.add_argument("--cap", type=int, default=10, metavar="N", help="copies kept in train of a report (0: all)")
     split.add_argument("--near", default="0.8", metavar="JACCARD", help="of 3-grams (default 0.8), or off")
+    add("--plant-canaries", type=int, default=0, metavar="N", help="made-up reports in train that measure memorisation")
     add("--workers", type=int, default=1, metavar="N", help="processes that parse and screen")
     add("--max-bad", type=float, default=0.05, metavar="SHARE", help="more unreadable rows stop the run")
     return parser.parse_args(argv)
@@ -432,14 +437,14 @@ def _settings(args: argparse.Namespace) -> Settings:
     test_from = _date(args.test_from)
     if args.test_from and not test_from:
         raise ValueError(f"--test-from: expected a date like 2018-01-01, not {args.test_from!r}")
-    if args.workers < 1 or args.cap < 0 or not 0 <= args.max_bad <= 1:
-        raise ValueError("expected --workers of at least 1, --cap of at least 0, --max-bad between 0 and 1")
+    if args.workers < 1 or min(args.cap, args.plant_canaries) < 0 or not 0 <= args.max_bad <= 1:
+        raise ValueError("expected --workers of at least 1, --cap and --plant-canaries of at least 0, --max-bad "
+                         "between 0 and 1")  # fmt: skip
     judged = {entry.name: getattr(args, entry.name) for entry in fields(Options) if entry.name != "key"}
     options = Options(**judged, key=_key(args.key_file))
     columns = Columns(tuple(sorted(named.items())), args.encoding, args.delimiter.replace("\\t", "\t"))
-    return Settings(
-        options, columns, (shares[0], shares[1], shares[2]), args.cap, near, test_from, args.max_bad, not args.no_text
-    )
+    return Settings(options, columns, (shares[0], shares[1], shares[2]), args.cap, near, test_from, args.max_bad,
+                    not args.no_text, args.plant_canaries)  # fmt: skip
 
 
 def _column_file(path: Path) -> dict[str, str]:

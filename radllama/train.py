@@ -38,6 +38,7 @@ from tqdm import tqdm
 from radllama.attention import row_attention
 from radllama.build import build_model, partition_of
 from radllama.cache import open_cache
+from radllama.card import write_card
 from radllama.checkpoint import atomic_folder, find_model, write_model_into
 from radllama.config import Config, read_config
 from radllama.data import (
@@ -274,6 +275,7 @@ class Run:
     def save_prompt(self, folder: Path) -> None:
         self.tokenizer.save(folder)
         self.prompt.save(folder)
+        write_card(folder, self.config, self.folder)
 
     def save_checkpoint(self, step: int) -> None:
         """Everything --resume needs. Written beside and renamed; `latest` moves last; older ones go afterwards."""

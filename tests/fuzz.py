@@ -339,7 +339,7 @@ def numbers(row: dict[str, Any], draw: Draw) -> Any:
 def doubled(row: dict[str, Any], draw: Draw) -> Any:
     """A key twice, nesting, or no object at all."""
     text = dump(row).decode()
-    key = draw.choice([key for key in row if key != "id"])  # messages show ids
+    key = draw.choice([key for key in row if key not in ("id", "model")])  # messages show these
     depth = draw.choice((3, 500, 100_000))
     return draw.choice((
         text[:-1] + f', "{key}": "{MARKER} again"}}',

@@ -26,10 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"files", "model", "quant", "lora"},
     "config": {"files"},
     "run": {"config", "files"},
+    "card": {"config", "files", "run"},
+    "planted": {"files"},
+    "canaries": {"card", "checkpoint", "data", "files", "generate", "lora", "model", "planted", "tokenizer"},
     "cache": {"data", "files", "tokenizer"},
     "build": {"checkpoint", "config", "lora", "model"},
     "train": {
-        *{"attention", "build", "cache", "config", "files", "tokenizer", "data", "model", "lora", "checkpoint", "run"}
+        *{"attention", "build", "cache", "card", "config", "files", "tokenizer", "data", "model", "lora"},
+        *{"checkpoint", "run"},
     },
     "decode": {"model", "quant"},
     "parts": {"files"},
@@ -47,7 +51,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pairs": {"clinical", "deid", "intake", "sections"},
     "datacard": {"duplicates", "held_out", "pairs"},
     "store": {"datacard", "duplicates"},
-    "reports": {"store", "clinical", "datacard", "deid", "duplicates", "held_out", "intake", "pairs", "sections"},
+    "reports": {
+        *{"store", "clinical", "datacard", "deid", "duplicates", "held_out", "intake", "pairs", "planted", "sections"}
+    },
     "client": {"files"},
     "rubric": {"client"},
     "judge": {"deid", "client", "files", "rubric"},

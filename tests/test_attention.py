@@ -172,3 +172,29 @@ def test_a_model_takes_it(varlen: None) -> None:
     expected = model(tokens, segments=segments)
     model.packed_attention = row_attention
     torch.testing.assert_close(model(tokens, segments=segments), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_kernel_itself(labels: bool) -> None:
+    """bf16 on a GPU against the plain form in fp32: outputs and gradients to bf16's rounding."""
+    segments = torch.tensor([(65, -1), (301, 0), (1, 0), (250, 0), (65, -1), (40, 4), (333, 4), (17, -1)])
+    tokens = int(segments[:, 0].sum())
+    queries = torch.cat([torch.arange(300, 366), torch.arange(700, tokens)]).cuda() if labels else None
+    chosen = slice(None) if queries is None else queries
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(1, tokens, heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (32, 8, 8)
+    ]
+    assert has_kernel(inputs[0])
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    expected = packed_attention(segments)(*wide)[:, :, chosen]
+    weights = torch.randn_like(expected).bfloat16()
+    wanted = [expected, *torch.autograd.grad((expected * weights.float()).sum(), wide)]
+    q, k, v = inputs
+    found = row_attention(segments, queries)(q[:, :, chosen], k, v)
+    for one, other in zip([found, *torch.autograd.grad((found * weights).sum(), inputs)], wanted, strict=True):
+        assert (one.float() - other).norm() < 0.01 * other.norm()

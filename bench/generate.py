@@ -5,7 +5,8 @@
 A Llama of 220 M parameters (hidden 1024, 8 layers, 16 heads, 4 of keys, intermediate 2816, 128,256 tokens, tied) in NF4
 with double quantisation; Llama 3's tokenizer. With `--learn N` it learns the reports of the benchmark by heart first
 (N passes, minutes; kept in the work folder: it holds what it learnt from), so that it writes real impressions and stops
-where they end. Without, its weights are random, and all write `--max-new-tokens` tokens a report. Contestants:
+where they end. Without, its weights are random, and a report's output ends where it is as long as the report's own
+impression; ours then guesses no drafts, which random weights would confirm far too often. Contestants:
 
     ours     radllama.decode.generate
     exact    model.generate(do_sample=False), the same stop ids, prompts sorted by length, its best batch size
@@ -27,13 +28,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from bitsandbytes.functional import has_avx512bf16
+from torch import Tensor
 
+from radllama import decode
 from radllama.checkpoint import load_model, save_model
 from radllama.data import INSTRUCTIONS, Example, Prompt, Row, pack, read_examples
 from radllama.decode import generate
@@ -47,6 +52,15 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 128_256, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """When outputs end: at a stop id, or, without stop ids, each at its length."""
+
+    stop_ids: list[int]
+    lengths: list[int]
+
 
 Contestant = Callable[[], list[list[int]]]
 
@@ -109,9 +123,32 @@ def peer(folder: Path, *, rounded: bool) -> Any:
     return model
 
 
-def peer_generate(
-    model: Any, prompts: list[list[int]], stop_ids: list[int], most: int, batch_size: int
-) -> list[list[int]]:
+class AtLength(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Each row ends at its own length."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+def ours(model: Llama, prompts: list[list[int]], work: Work, batch_size: int) -> list[list[int]]:
+    if work.stop_ids:
+        return generate(model, prompts, stop_ids=work.stop_ids, max_new_tokens=max(work.lengths), batch_size=batch_size)
+    wanted = {tuple(prompt): length for prompt, length in zip(prompts, work.lengths, strict=True)}
+    plain = decode._accept
+
+    def accept(row: decode.Row, *rest: Any) -> bool:
+        return plain(row, *rest) or len(row.output) == wanted[tuple(row.text[: row.prompt_length])]
+
+    with patch.object(decode, "_accept", accept):
+        return generate(
+            model, prompts, stop_ids=(), max_new_tokens=max(work.lengths), batch_size=batch_size, draft_tokens=0
+        )
+
+
+def peer_generate(model: Any, prompts: list[list[int]], work: Work, batch_size: int) -> list[list[int]]:
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     outputs: list[list[int]] = [[] for _ in prompts]
     pad = 128_004  # <|finetune_right_pad_id|>
@@ -120,11 +157,13 @@ def peer_generate(
         longest = max(len(prompts[place]) for place in places)
         tokens = torch.tensor([[pad] * (longest - len(prompts[place])) + prompts[place] for place in places])
         with torch.inference_mode():
+            ends = [AtLength([longest + work.lengths[place] for place in places])] if not work.stop_ids else []
             found = model.generate(
-                tokens, attention_mask=(tokens != pad).long(), do_sample=False, max_new_tokens=most, pad_token_id=pad,
-                eos_token_id=stop_ids or None)  # fmt: skip
+                tokens, attention_mask=(tokens != pad).long(), do_sample=False, max_new_tokens=max(work.lengths),
+                pad_token_id=pad, eos_token_id=work.stop_ids or None,
+                stopping_criteria=transformers.StoppingCriteriaList(ends))  # fmt: skip
         for place, row in zip(places, found[:, longest:].tolist(), strict=True):
-            end = next((n + 1 for n, token in enumerate(row) if token in stop_ids), len(row))
+            end = next((n + 1 for n, token in enumerate(row) if token in work.stop_ids), work.lengths[place])
             outputs[place] = row[:end]
     return outputs
 
@@ -142,7 +181,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-generate", help="where the models are kept")
     parser.add_argument("--learn", type=int, default=0, metavar="N", help="passes over the reports; 0: random weights")
     parser.add_argument("--reports", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, help="default: 128, with random weights 16")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32, 64], help="the peers'")
     parser.add_argument("--our-batch-size", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
@@ -153,7 +192,6 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     SHAPE["num_hidden_layers"] = options.layers
-    most = options.max_new_tokens or (128 if options.learn else 16)
     source = options.tokenizer or importlib.metadata.distribution("llama-models").locate_file("llama_models/llama3")
     tokenizer = Tokenizer.from_dir(str(source))
     prompt = Prompt(tokenizer.prompt_format, INSTRUCTIONS[:1])
@@ -163,24 +201,26 @@ def main() -> None:
     if not (folder / "config.json").is_file():
         prepare(folder, examples, tokenizer, prompt, options.learn)
     prompts = [tokenizer.render(prompt.messages(e.findings), add_generation_prompt=True)[0] for e in examples]
-    stop_ids = sorted(tokenizer.stop_ids) if options.learn else []
+    impressions = [sum(row.mask) for row in rows_of(examples, tokenizer, prompt)]
+    most = options.max_new_tokens
+    if options.learn:
+        work = Work(sorted(tokenizer.stop_ids), [most] * len(prompts))
+    else:
+        work = Work([], [min(most, length) for length in impressions])
 
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     model = load_model(folder, quantize="nf4", dtype=torch.float32)
-    contestants: dict[str, Contestant] = {
-        "ours": lambda: generate(
-            model, prompts, stop_ids=stop_ids, max_new_tokens=most, batch_size=options.our_batch_size
-        )
-    }
-    generate(model, prompts[:2], stop_ids=stop_ids, max_new_tokens=2)
+    contestants: dict[str, Contestant] = {"ours": lambda: ours(model, prompts, work, options.our_batch_size)}
+    short = Work(work.stop_ids, [2, 2])
+    ours(model, prompts[:2], short, 2)
     for name in ("exact", "rounded") if has_avx512bf16() else ("exact",):
         theirs, seconds = peer(folder, rounded=name == "rounded"), {}
-        peer_generate(theirs, prompts[:2], stop_ids, 2, 2)
+        peer_generate(theirs, prompts[:2], short, 2)
         for size in options.batch_sizes:
-            seconds[size], _ = timed(lambda: peer_generate(theirs, prompts, stop_ids, most, size))  # noqa: B023
+            seconds[size], _ = timed(lambda: peer_generate(theirs, prompts, work, size))  # noqa: B023
         best = min(seconds, key=lambda size: seconds[size])
         print(f"{name}: " + ", ".join(f"batch {size}: {value:.1f} s" for size, value in seconds.items()), flush=True)
-        contestants[name] = lambda theirs=theirs, best=best: peer_generate(theirs, prompts, stop_ids, most, best)  # type: ignore[misc]
+        contestants[name] = lambda theirs=theirs, best=best: peer_generate(theirs, prompts, work, best)  # type: ignore[misc]
 
     times: dict[str, list[float]] = {name: [] for name in contestants}
     outputs: dict[str, list[list[int]]] = {}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from radllama.model import Attend, Llama, LlamaConfig, lower_right_mask
 from radllama.quant import Linear4bit, kept
 
-FILL_TOKENS = 4096  # of a pass that only fills the cache
+FILL_TOKENS = 2048  # of a pass that only fills the cache; 256 to 4096 measured alike on a CPU
 # Tokens that cost a pass little more than one does, as long as reading the weights takes longer than computing:
 # drafts never make a pass wider than this.
 WIDTH = {"cpu": 16, "cuda": 128}
@@ -206,11 +206,18 @@ def _step(model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler) -> li
         wanted += range(slot * wide, slot * wide + len(given))
     positions_BT = torch.tensor([len(row.text) - 1 for row in rows])[:, None] + torch.arange(wide)
     device = cache.k.device
-    logits_NV = model(
-        tokens_BT.to(device), positions=positions_BT.to(device), attends=cache.attends(positions_BT),
-        label_positions=torch.tensor(wanted, device=device))  # fmt: skip
+    x_BTC = model.model(tokens_BT.to(device), positions_BT.to(device), cache.attends(positions_BT))
+    x_NC, head = x_BTC.flatten(0, 1)[torch.tensor(wanted, device=device)], model.lm_head
+    logits_NV = product(x_NC, head.weight) if type(head) is nn.Linear else head(x_NC)
     chosen = iter(sampler.choose(logits_NV, [row.generator for row in rows]))
     return [[next(chosen) for _ in range(1 + len(row.drafts))] for row in rows]
+
+
+def product(x_NC: Tensor, weight_VC: Tensor) -> Tensor:
+    """x W^T for a large W. A few rows on a CPU go as (W x^T)^T, for which MKL does not first rearrange all of W."""
+    if x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or not 4 < len(x_NC) <= 32:
+        return F.linear(x_NC, weight_VC)
+    return (weight_VC @ x_NC.T).T.contiguous()
 
 
 def _accept(row: Row, chosen: list[int], drafter: Drafter, stop_ids: Collection[int], max_new_tokens: int) -> bool:

@@ -12,7 +12,7 @@ from conftest import random_llama, tiny_config
 from torch import Tensor, nn
 
 from radllama import decode as decode_module
-from radllama.decode import Drafter, KVCache, Sampler, fits_dequantized, generate, greedy_loop, shared_prefix
+from radllama.decode import Drafter, KVCache, Sampler, fits_dequantized, generate, greedy_loop, product, shared_prefix
 from radllama.lora import add_lora, replace_layer
 from radllama.model import Llama, RopeScaling
 from radllama.quant import Linear4bit, kept
@@ -194,6 +194,16 @@ def test_bad_sampling_settings(arguments: tuple[float, int | None, float | None]
 def test_an_empty_prompt_is_refused(model: Llama) -> None:
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], stop_ids=(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_s_product_at_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 96, generator=draw).to(dtype), torch.randn(130, 96, generator=draw).to(dtype)
+    found = product(x, weight)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight))
 
 
 # The cache

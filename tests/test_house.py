@@ -35,6 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"attention", "build", "cache", "card", "config", "files", "tokenizer", "data", "model", "lora"},
         *{"checkpoint", "run"},
     },
+    # A dry run of the real modules and the job's own packs: no second account of either that could go stale.
+    "dry_run": {"config", "lora", "model", "quant"},
+    "zero": {"config", "dry_run"},
+    "plan": {"cache", "config", "data", "dry_run", "model", "tokenizer", "zero"},
     "decode": {"model", "quant"},
     "parts": {"files"},
     "generate": {"decode", "files", "parts", "similar", "tokenizer", "data", "model", "quant", "lora", "checkpoint"},

@@ -1,0 +1,197 @@
+"""DeepSpeed's memory: what ZeRO holds, gathers and copies in a step, as arithmetic over DeepSpeed 0.19.8's own source.
+
+Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py and parameter_offload.py. All in bytes of one
+rank. On a CPU memory counts once it is written to, on a GPU once it is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from radllama.config import Config
+from radllama.dry_run import Weight
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's zero_optimization section, completed as `train.deepspeed_settings` and DeepSpeed do."""
+
+    stage: int
+    offload_optimizer: str
+    offload_param: str
+    reduce_bucket: int
+    overlap: bool
+    prefetch: int
+    persistence: int
+    reuse: int
+    sub_group: int
+
+    @classmethod
+    def of(cls, config: Config, dtype: torch.dtype) -> Zero:
+        section: dict[str, Any] = {"stage": 1} | config.deepspeed.get("zero_optimization", {})
+        stage = section["stage"] or (0 if dtype == torch.float32 else 1)
+
+        def number(key: str, default: float) -> int:
+            value = section.get(key, default)
+            return int(default if isinstance(value, str) else value)
+
+        def device(key: str) -> str:
+            return str((section.get(key) or {}).get("device", "none"))
+
+        overlap = section.get("overlap_comm")
+        return cls(
+            stage=stage,
+            offload_optimizer=device("offload_optimizer"),
+            offload_param=device("offload_param"),
+            reduce_bucket=number("reduce_bucket_size", 5e8),
+            overlap=stage == 3 if overlap is None else bool(overlap),
+            prefetch=number("stage3_prefetch_bucket_size", 5e7),
+            persistence=number("stage3_param_persistence_threshold", 1e5),
+            reuse=number("stage3_max_reuse_distance", 1e9),
+            sub_group=number("sub_group_size", 1e9),
+        )
+
+
+def weight_bytes(weights: list[Weight], zero: Zero, ranks: int) -> dict[str, int]:
+    """Bytes of the model's own parameters on one rank, by kind. ZeRO-3 splits all; small ones stay whole besides."""
+    found: dict[str, int] = {}
+    for weight in weights:
+        size = weight.size
+        if zero.stage == 3 and ranks > 1:
+            share = math.ceil(weight.numel / ranks) * weight.width
+            size = share + (size if weight.numel <= zero.persistence else 0)
+        found[weight.kind] = found.get(weight.kind, 0) + weight.times * size
+    return found
+
+
+def gathered_bytes(weights: list[Weight], zero: Zero, ranks: int) -> int:
+    """ZeRO-3: whole parameters that are on a rank at once.
+
+    DeepSpeed keeps what is used again within `max_reuse_distance` elements, there and back, fetches
+    `prefetch_bucket_size` ahead, and needs the largest at its turn.
+    """
+    split = [weight for weight in weights if weight.numel > zero.persistence]
+    if zero.stage < 3 or ranks == 1 or not split:
+        return 0
+    numel, size = sum(w.numel * w.times for w in split), sum(w.size * w.times for w in split)
+    window = zero.reuse / 2 + zero.prefetch + max(w.numel for w in split)
+    return int(size * min(1.0, window / numel))
+
+
+def moments_of(numel: int, optimizer: str) -> int:
+    """Adam's two moments: fp32, or 8 bits with an fp32 scale for each block of 256."""
+    return numel * 2 + math.ceil(numel / 256) * 8 if optimizer.endswith("8bit") else numel * 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the terms of DeepSpeed's arithmetic are made of: N trainable elements of b bytes over n ranks."""
+
+    numel: int
+    largest: int
+    groups: int  # of the optimizer: matrices decay, norms do not
+    width: int
+    ranks: int
+    accumulation: int
+    optimizer: str
+    device: str
+
+    @property
+    def part(self) -> int:
+        return math.ceil(self.numel / self.ranks)
+
+    def bucket(self, zero: Zero) -> int:
+        """Elements of the reduce bucket; on a CPU only what is written to takes memory."""
+        return min(zero.reduce_bucket, self.numel) if self.device == "cpu" else zero.reduce_bucket
+
+
+def resident_of(job: Training, zero: Zero) -> tuple[dict[str, int], dict[str, int], int]:
+    """What DeepSpeed holds from step to step: on the device, on the host (of one rank), on the disk."""
+    N, n, b = job.numel, job.part, job.width
+    moments = moments_of(n, job.optimizer)
+    if zero.stage == 0:
+        return {"optimizer moments": moments_of(N, job.optimizer)}, {}, 0
+    device, host, disk = {}, {}, 0
+    states = {"fp32 master weights": 4 * n, "optimizer moments": moments}
+    if zero.stage == 3:
+        buffers = 2 if zero.overlap and job.device == "cuda" else 1  # reduce_scatter flattens into a second one
+        device["DeepSpeed's buckets"] = b * job.bucket(zero) * buffers
+    if zero.offload_optimizer == "none":
+        device |= states
+        if zero.stage == 3:
+            device["gradients"] = b * n  # grad_partitions_flat_buffer
+        if job.optimizer.startswith("paged"):
+            host["optimizer moments (paged)"] = device.pop("optimizer moments")
+        return device, host, disk
+    if zero.stage < 3:
+        device["DeepSpeed's offload buffer"] = b * job.largest  # temp_grad_buffer_for_gpu_offload
+        host["16-bit and gradient buffers"] = b * n + b * job.largest
+        if job.accumulation > 1:
+            host["accumulated gradients"] = b * (n if job.ranks > 1 else N)
+        host |= states | {"fp32 gradients": 4 * n}
+    else:
+        host |= states | {"fp32 gradients": 4 * n, "accumulated gradients": b * n}
+    if zero.offload_optimizer == "nvme":
+        disk = sum(host.pop(key) for key in ("fp32 master weights", "optimizer moments", "fp32 gradients"))
+        host["swap buffers"] = 4 * 4 * min(zero.sub_group, n)  # buffer_count 4
+    return device, host, disk
+
+
+def gradients_before(job: Training, zero: Zero) -> tuple[dict[str, int], Callable[[int], int]]:
+    """Gradients and buckets at the start of the last micro-step's backward pass, and what each gradient adds then."""
+    N, b, several = job.numel, job.width, job.accumulation > 1
+    if zero.stage == 3:
+        return {}, lambda numel: 0  # into buffers that are there already
+    if zero.stage == 0:
+        return ({"gradients": b * N}, lambda numel: 0) if several else ({}, lambda numel: b * numel)
+    held = {}
+    bucket = b * job.bucket(zero)
+    touched = job.device == "cpu" and zero.reduce_bucket >= N  # the bucket fills up as gradients are finished
+    if not touched:
+        held["DeepSpeed's buckets"] = bucket * (2 if zero.overlap else 1)
+        if zero.offload_optimizer == "none":
+            held["gradients"] = b * job.part  # grads_in_partition
+    if several and zero.offload_optimizer == "none":
+        held["gradients"] = held.get("gradients", 0) + b * (N if zero.stage == 1 else job.part)
+    elif several and zero.stage == 1:
+        held["gradients"] = b * N
+    moves = touched and not (several and zero.stage == 1)  # there a gradient moves into the bucket: nothing is added
+    return held, (lambda numel: b * numel) if moves else (lambda numel: 0)
+
+
+def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
+    """What comes and goes after the backward pass: reduction, norm, optimizer; above the resident parts."""
+    N, n, b = job.numel, job.part, job.width
+    offloaded = zero.offload_optimizer != "none"
+    denominators = 0 if offloaded or job.optimizer != "adamw" else 2 if job.device == "cpu" else 1  # foreach on a GPU
+    if zero.stage == 0:
+        work = {"optimizer's working memory": 4 * denominators * (job.largest if job.device == "cpu" else N)}
+        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, 500_000_000) if job.ranks > 1 else 0}
+        return {"gradient reduction": copies, "optimizer step": {"gradients": b * N} | work}
+    if zero.stage == 3:
+        group = min(n, zero.sub_group)
+        norm = {"optimizer's working memory": 8 * math.ceil(job.largest / job.ranks)}
+        if offloaded:
+            return {"gradient norm": norm}
+        flat = 4 * group + (b * group if b != 4 else 0)
+        return {
+            "gradient norm": norm,
+            "optimizer step": {"optimizer's working memory": max(flat, 4 * group + 4 * denominators * group)},
+        }
+    held = 0 if offloaded else b * n * (2 if zero.stage == 2 and job.accumulation > 1 else 1)
+    bucket = b * job.bucket(zero)
+    buckets = bucket * ((2 if zero.overlap and job.device == "cuda" else 1) + (1 if job.ranks > 1 else 0))
+    phases = {"gradient reduction": {"gradients": held, "DeepSpeed's buckets": buckets}}
+    if not offloaded:
+        wide = 8 * min(job.largest, n)  # one gradient at a time in fp64
+        phases["gradient norm"] = {"gradients": b * n, "optimizer's working memory": wide}
+        start = 2 * b * n + (4 * n if b != 4 else 0)  # the gradients, flattened, cast
+        shared = b * n if job.groups > 1 else 0  # one buffer holds all groups' gradients until the last is done
+        update = shared + 4 * n + 4 * denominators * n
+        phases["optimizer step"] = {"gradients": 4 * n, "optimizer's working memory": max(start, update) - 4 * n}
+    return phases

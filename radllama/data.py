@@ -222,7 +222,7 @@ def _parse(line: bytes, need_impression: bool) -> Example:
         raise ValueError("similar: expected a list of texts, as python -m radllama.similar writes it")
     known = {"id", "findings", "impression", "text"}
     texts = {key: raw[key] for key in ("findings", "impression", "text") if isinstance(raw.get(key), str)}
-    return Example(id=raw["id"], fields={key: raw[key] for key in raw.keys() - known}, **texts)
+    return Example(id=raw["id"], fields={key: raw[key] for key in raw if key not in known}, **texts)
 
 
 class Source(Protocol):

@@ -199,7 +199,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any) -> list[str]:
     """One of pydantic's errors as "path: what was expected, what was found"."""
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(f"{part!s:.80}" for part in problem["loc"])
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
         return [f"{path}: unknown key; {_known_keys(problem['loc'][:-1])}"]

@@ -17,7 +17,8 @@ LARGEST_JSON = 2**20  # bytes of a JSON file, unless more is allowed
 
 
 def some(items: Sequence[object], limit: int = 5) -> str:
-    return ", ".join(map(str, items[:limit] or ["none"])) + f" and {len(items) - limit} more" * (len(items) > limit)
+    shown = [f"{item!s:.{LONGEST_ID}}" for item in items[:limit] or ["none"]]
+    return ", ".join(shown) + f" and {len(items) - limit} more" * (len(items) > limit)
 
 
 def raise_if(problems: list[str], limit: int = 20) -> None:

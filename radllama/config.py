@@ -82,6 +82,13 @@ class Training(Section):
     gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="auto: on if memory asks for it")
     validate_every: int | None = Field(None, ge=1, description="steps; the end of training always validates")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints that --resume continues from")
+    on_bad_loss: Literal["stop", "skip"] = Field(
+        "stop", description="what a step with a loss that is not finite, or jumps (loss_spike), brings about"
+    )
+    loss_spike: float | None = Field(
+        None, gt=1, description="a loss so many times the median of the last 32 is bad as well"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="how many of them to keep")
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

@@ -159,6 +159,8 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[IO[str]]:
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves an empty file under the name
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

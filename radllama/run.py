@@ -1,9 +1,15 @@
-"""What a training run writes for people: the run folder's claim, metrics.jsonl, the progress bar, loss.png."""
+"""The run folder: its claim and its lock, metrics.jsonl, the progress bar, loss.png."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import math
+import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +22,10 @@ from safetensors import SafetensorError
 from radllama.config import Config
 from radllama.files import replace_text
 
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+logger = logging.getLogger("radllama")
+
+CONFIG_FILE, METRICS_FILE, LOCK_FILE = "config.json", "metrics.jsonl", ".lock"
+PATIENCE = 10.0  # seconds: the ranks of a run whose launcher was killed are gone by then
 
 
 class TrainingError(RuntimeError):
@@ -57,9 +66,72 @@ def claim_run_folder(config: Config, resume: bool) -> Path:
             )
     elif resume:
         raise ValueError(f"--resume: {folder} holds no run; start without --resume")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
     return folder
+
+
+class RunLock:
+    """Keeps a second run out of the folder until the last process of the first is gone, however it ended.
+
+    Every rank holds the lock shared; a new run must once hold it alone. The kernel releases it with the process.
+    Over NFS the lock reaches other machines where the server and the mount support locks (NFSv4 does).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self._file: int | None = None
+
+    def claim(self) -> None:
+        """Rank 0, before anything is written. ValueError, naming the other run, where that holds on to the folder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        owner, give_up = "", time.monotonic() + PATIENCE
+        while not self._take(fcntl.LOCK_EX):
+            seen = os.pread(self._file, 1000, 0).decode(errors="replace").strip() or "another run"
+            if time.monotonic() > give_up:
+                raise ValueError(f"training.output: {self.path.parent} is in use by {seen}; end that run first")
+            if seen != owner:
+                logger.info("%s is in use by %s; waiting for its end", self.path.parent, seen)
+            owner = seen
+            time.sleep(0.2)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+        self._share()
+
+    def share(self) -> None:
+        """Every other rank, once rank 0 has claimed it."""
+        if self._file is not None:
+            return
+        try:
+            self._file = os.open(self.path, os.O_RDWR)
+        except FileNotFoundError:
+            raise ValueError(
+                f"training.output: {self.path.parent} must lie on a file system that all machines share"
+            ) from None
+        self._share()
+
+    def _share(self) -> None:
+        if not self._take(fcntl.LOCK_SH):
+            raise ValueError(f"training.output: {self.path.parent} was taken by another run at the same moment")
+
+    def _take(self, kind: int) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            logger.warning(
+                "%s: this file system has no locks (%s); start no second run there", self.path, error.strerror
+            )
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def write_config(config: Config, folder: Path) -> None:
@@ -82,9 +154,8 @@ class MetricsLog:
         """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones)."""
         path, kept = folder / METRICS_FILE, []
         if keep_below and path.exists():
-            kept = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= keep_below
-            ]
+            whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= keep_below]  # the last may have been cut off
         replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -107,8 +178,9 @@ class PeakMemory:
 
 
 def show(bar: Any, record: dict[str, Any]) -> None:
+    loss = math.nan if record["loss"] is None else record["loss"]
     bar.set_postfix_str(
-        f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, {record['reports_per_second']:.1f} reports/s, "
+        f"loss {loss:.3f}, lr {record['learning_rate']:.1e}, {record['reports_per_second']:.1f} reports/s, "
         f"{record['supervised_tokens_per_second']:.0f} tokens/s, {record['memory_gb']:.1f} GB",
         refresh=False,
     )
@@ -125,7 +197,7 @@ def draw_losses(folder: Path) -> None:
     records = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label in (("loss", "training, by step"), ("validation_loss", "validation")):
-        points = [(record["step"], record[key]) for record in records if key in record]
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
             marker = "o" if key == "validation_loss" else None
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)

@@ -16,7 +16,6 @@ import argparse
 import logging
 import math
 import os
-import shutil
 import socket
 import sys
 import time
@@ -52,12 +51,14 @@ from radllama.data import (
     read_examples,
     spread,
 )
-from radllama.files import replace_text
+from radllama.guard import Guard, mean_losses
 from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
+from radllama.resume import Checkpoints, check_data, everyones
 from radllama.run import (
     MetricsLog,
     PeakMemory,
+    RunLock,
     TrainingError,
     claim_run_folder,
     draw_losses,
@@ -66,10 +67,9 @@ from radllama.run import (
     writing,
 )
 from radllama.tokenizer import Tokenizer
+from radllama.watch import Watch, free_compile_locks
 
 logger = logging.getLogger("radllama")
-
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -91,37 +91,58 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """
     ours = not dist.is_initialized()
     place = start(config)
+    watch, lock = Watch(place.rank, place.world, place.device), RunLock(Path(config.training.output))
+    failed = True
     try:
-        folder = claim_run_folder(config, resume)
-        source = find_model(config.model.path, revision=config.model.revision)
-        tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
-        wordings = tuple(config.data.instructions or INSTRUCTIONS)
-        prompt = Prompt(tokenizer.prompt_format, wordings, config.data.similar)
-        check_vocabulary(tokenizer, LlamaConfig.from_json(source).vocab_size, source=str(source))
-        warn_of_untrained_headers(config, source, tokenizer)
-        training = read_reports(config, config.data.train, tokenizer, prompt)
-        validation = read_reports(config, config.data.validation, tokenizer, prompt) if config.data.validation else None
-        if config.training.batch_size < place.world * config.training.accumulation:
-            raise ValueError(
-                f"training.batch_size: {config.training.batch_size} reports cannot fill {place.world} ranks x "
-                f"{config.training.accumulation} accumulation steps"
-            )
-        dist.barrier()  # every rank has checked; from here on something is written
-        if place.rank == 0:
-            write_config(config, folder)
-        seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
-        model = build_model(
-            config, source, device=place.device, dtype=place.dtype, progress=place.rank == 0,
-            partition=partition_of(deepspeed_settings(config, place), place.device))  # fmt: skip
-        model.packed_attention = row_attention
-        model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
-        engine = start_engine(config, model, place)
-        run = Run(config, place, folder, engine, tokenizer, prompt, source)
-        run.loop(training, validation, resume=resume)
-        return folder
+        run, training, validation = prepare(config, place, watch, lock, resume=resume)
+        with watch.listening():
+            run.loop(training, validation, resume=resume)
+        failed = False
+    except BaseException as error:
+        watch.fail(error)
+        raise
     finally:
-        if ours and dist.is_initialized():
+        lock.release()
+        watch.close()
+        if ours and not (failed and place.world > 1):  # it would wait for ranks that have failed
             dist.destroy_process_group()
+    return run.folder
+
+
+def prepare(
+    config: Config, place: Place, watch: Watch, lock: RunLock, *, resume: bool
+) -> tuple[Run, Reports, Reports | None]:
+    """Check all input, then claim the run folder, then load the model."""
+    folder = claim_run_folder(config, resume)
+    source = find_model(config.model.path, revision=config.model.revision)
+    tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
+    wordings = tuple(config.data.instructions or INSTRUCTIONS)
+    prompt = Prompt(tokenizer.prompt_format, wordings, config.data.similar)
+    check_vocabulary(tokenizer, LlamaConfig.from_json(source).vocab_size, source=str(source))
+    warn_of_untrained_headers(config, source, tokenizer)
+    training = read_reports(config, config.data.train, tokenizer, prompt)
+    validation = read_reports(config, config.data.validation, tokenizer, prompt) if config.data.validation else None
+    if config.training.batch_size < place.world * config.training.accumulation:
+        raise ValueError(
+            f"training.batch_size: {config.training.batch_size} reports cannot fill {place.world} ranks x "
+            f"{config.training.accumulation} accumulation steps"
+        )
+    dist.barrier()  # every rank has checked; from here on something is written
+    if place.rank == 0:
+        lock.claim()
+        claim_run_folder(config, resume)  # again: a run that has just ended may have left it otherwise
+        write_config(config, folder)
+    dist.barrier()
+    lock.share()
+    check_data(config, folder, rank=place.rank, world=place.world)
+    seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
+    model = build_model(
+        config, source, device=place.device, dtype=place.dtype, progress=place.rank == 0,
+        partition=partition_of(deepspeed_settings(config, place), place.device))  # fmt: skip
+    model.packed_attention = row_attention
+    model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
+    engine, guard = start_engine(config, model, place)
+    return Run(config, place, folder, engine, tokenizer, prompt, source, watch, guard), training, validation
 
 
 class Run:
@@ -136,16 +157,22 @@ class Run:
         tokenizer: Tokenizer,
         prompt: Prompt,
         source: Path,
+        watch: Watch,
+        guard: Guard,
     ) -> None:
         self.config, self.place, self.folder, self.engine = config, place, folder, engine
         self.tokenizer, self.prompt, self.source = tokenizer, prompt, source
+        self.watch, self.guard = watch, guard
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", rank=place.rank, world=place.world, keep=config.training.keep_checkpoints
+        )
         self.best = math.inf
 
     def loop(self, training: Reports, validation: Reports | None, *, resume: bool) -> None:
         """Batch, forward, backward, step; log, validate, save."""
         t, place, engine = self.config.training, self.place, self.engine
         total = t.steps or max(1, round((t.epochs or 0) * len(training) / t.batch_size))
-        first = self.load_checkpoint(total) if resume else 0
+        first = self.resume(total) if resume else 0
         log = MetricsLog(self.folder, keep_below=first) if place.rank == 0 else None
         bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=place.rank != 0, mininterval=0.5)
         started, memory = time.monotonic(), PeakMemory(place.device)
@@ -171,20 +198,25 @@ class Run:
                 engine.backward(token_losses.sum() * (place.world / supervised), scale_wrt_gas=False)
                 if number < len(mine) - 1:
                     engine.step()  # counts the micro-step; weights change at the last one only
-            loss = global_sum(sum(float(values.sum()) for _, values in losses), place) / supervised
-            if not math.isfinite(loss):  # before the step: the weights are still good
-                self.stop(f"step {step + 1}: the loss is {loss}", losses)
+            loss, signalled = global_sums(
+                [sum(float(values.sum()) for _, values in losses), float(self.watch.signal is not None)], place
+            )
+            loss /= supervised
+            fault = self.guard.judge(loss)  # a bad step leaves weights and moments as they are
             engine.step()
             norm = engine.get_global_grad_norm()
-            if norm is not None and not math.isfinite(norm) and place.dtype != torch.float16:
-                self.stop(f"step {step + 1}: the gradient norm is {norm}", losses)
+            fault = fault or self.guard.judge_gradient(norm, scaled=place.dtype == torch.float16)
+            if fault is not None:
+                reports = [report for part in everyones(mean_losses(losses), place.world) for report in part]
+                told = self.guard.report(self.folder if place.rank == 0 else None, step + 1, fault, loss, reports)
+                logger.warning("%s", told)
 
             seconds = time.monotonic() - begun
             record = {
                 "step": step + 1,
-                "loss": loss,
+                "loss": loss if math.isfinite(loss) else None,
                 "learning_rate": learning_rate,
-                "gradient_norm": None if norm is None else float(norm),
+                "gradient_norm": float(norm) if fault is None and norm is not None else None,
                 "reports_per_second": t.batch_size / seconds,
                 "supervised_tokens_per_second": supervised / seconds,
                 "memory_gb": memory.gigabytes(),
@@ -198,13 +230,28 @@ class Run:
             last = step + 1 == total
             if validation is not None and (last or (t.validate_every and (step + 1) % t.validate_every == 0)):
                 self.validate(validation, step + 1, log)
-            if last or (t.save_every and (step + 1) % t.save_every == 0):
-                self.save_checkpoint(step + 1)
+            if last or signalled or (t.save_every and (step + 1) % t.save_every == 0):
+                self.checkpoints.save(engine, step + 1, {"best": self.best, "guard": self.guard.state()})
+            if signalled and not last:
+                bar.close()
+                logger.info("stopped by a signal after step %d of %d; saved; continue with --resume", step + 1, total)
+                return
         bar.close()
         self.save_weights("last")
         if log is not None:
             draw_losses(self.folder)
         dist.barrier()
+
+    def resume(self, total: int) -> int:
+        """Continue from the last good checkpoint; returns the number of steps it has done."""
+        state = self.checkpoints.load(self.engine)
+        if state is None:
+            logger.info("no checkpoint was completed before the run ended: from the first step")
+            return 0
+        self.best = state["best"]
+        self.guard.load(state["guard"])
+        logger.info("resumed from step %d of %d", state["step"], total)
+        return int(state["step"])
 
     def forward(self, batch: Pack) -> Tensor:
         """The cross-entropy of every supervised token of a pack (N,), fp32."""
@@ -231,7 +278,8 @@ class Run:
                 if not spare:
                     sums[0] += float(losses.sum())
                     sums[1] += len(losses)
-        loss = global_sum(sums[0], place) / global_sum(sums[1], place)
+        total, supervised = global_sums(sums, place)
+        loss = total / supervised
         if log is not None:
             log.write({"step": step, "validation_loss": loss})
             tqdm.write(f"step {step}: validation loss {loss:.4f}" + (" (best so far)" if loss < self.best else ""))
@@ -244,14 +292,6 @@ class Run:
         """To DeepSpeed's monitors (TensorBoard, CSV, W&B), where its section asks for one."""
         if self.place.rank == 0 and self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
-
-    def stop(self, what: str, losses: list[tuple[Pack, Tensor]]) -> None:
-        """Raise on every rank, naming the reports whose own loss is not finite."""
-        bad = {
-            batch.ids[int(batch.owners[i])] for batch, v in losses for i in (~v.isfinite()).nonzero().flatten().tolist()
-        }
-        blame = f"; reports on this rank: {', '.join(sorted(bad))}" if bad else ""
-        raise TrainingError(f"{what}{blame}. Nothing was saved at this step; --resume starts from the last checkpoint")
 
     def save_weights(self, name: str) -> None:
         """Write last/ or best/: an adapter or a full model, the tokenizer, and how the model was asked."""
@@ -277,44 +317,6 @@ class Run:
         self.prompt.save(folder)
         write_card(folder, self.config, self.folder)
 
-    def save_checkpoint(self, step: int) -> None:
-        """Everything --resume needs. Written beside and renamed; `latest` moves last; older ones go afterwards."""
-        folder = self.folder / "checkpoints"
-        tag, partial = f"step_{step:08d}", f"step_{step:08d}.partial"
-        state = {"step": step, "best": self.best}
-        try:
-            with writing(folder / tag):
-                self.engine.save_checkpoint(
-                    str(folder), tag=partial, client_state=state, save_latest=False, exclude_frozen_parameters=True
-                )
-        except TrainingError:
-            shutil.rmtree(folder / partial, ignore_errors=True)
-            raise
-        dist.barrier()
-        if self.place.rank == 0:
-            shutil.rmtree(folder / tag, ignore_errors=True)
-            (folder / partial).rename(folder / tag)
-            replace_text(folder / "latest", tag)
-            for old in sorted(folder.glob("step_*"))[:-KEEP_CHECKPOINTS]:
-                shutil.rmtree(old)
-        dist.barrier()
-
-    def load_checkpoint(self, total: int) -> int:
-        """Continue from the last complete checkpoint; returns the number of steps it has done."""
-        folder = self.folder / "checkpoints"
-        latest = folder / "latest"
-        if not latest.exists():
-            raise ValueError(f"--resume: {folder} holds no complete checkpoint; start without --resume")
-        tag = latest.read_text(encoding="utf-8").strip()
-        loaded, state = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        if loaded is None:
-            raise ValueError(f"--resume: {folder / tag} cannot be loaded; remove it and point 'latest' to an older one")
-        self.best = state["best"]
-        step = int(state["step"])
-        if self.place.rank == 0:
-            logger.info("resumed from step %d of %d", step, total)
-        return step
-
 
 def start(config: Config) -> Place:
     """Join the process group and choose device and dtype; rank 0 says which and why."""
@@ -334,6 +336,7 @@ def start(config: Config) -> Place:
     if accelerator == "cuda":
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
+        free_compile_locks()
         deepspeed.init_distributed(dist_backend="nccl" if accelerator == "cuda" else "gloo", verbose=False)
     device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
     dtype, reason = choose_dtype(config, device)
@@ -428,18 +431,18 @@ def activation_bytes(model: Llama, place: Place, tokens: int = 64) -> float:
     return sum(kept.values()) / tokens
 
 
-def start_engine(config: Config, model: Llama, place: Place) -> Any:
-    """DeepSpeed's engine around the model; only trainable parameters reach the optimizer."""
+def start_engine(config: Config, model: Llama, place: Place) -> tuple[Any, Guard]:
+    """DeepSpeed's engine around the model, only trainable parameters in the optimizer; what keeps it from bad steps."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = deepspeed_settings(config, place)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(config, trainable, settings), model_parameters=trainable, config=settings
-    )
+    optimizer = build_optimizer(config, trainable, settings)
+    guard = Guard(config.training, optimizer, gradients_of=[] if settings["zero_optimization"]["stage"] else trainable)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trainable, config=settings)
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     logger.info(
         "%s: %s trainable parameters, ZeRO stage %d", config.method, f"{count:,}", engine.zero_optimization_stage()
     )
-    return engine
+    return engine, guard
 
 
 def deepspeed_settings(config: Config, place: Place) -> dict[str, Any]:
@@ -502,11 +505,12 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)) % 2**63)
 
 
-def global_sum(value: float, place: Place) -> float:
-    """The sum of a number over all ranks, in fp64 (gloo and NCCL)."""
-    total = torch.tensor([value], dtype=torch.float64, device=place.device)
-    dist.all_reduce(total)
-    return float(total)
+def global_sums(values: list[float], place: Place) -> list[float]:
+    """The sum of each number over all ranks, in fp64 (gloo and NCCL)."""
+    totals = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(totals)
+    sums: list[float] = totals.tolist()
+    return sums
 
 
 def gather(parameters: list[nn.Parameter]) -> Any:

@@ -31,9 +31,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "canaries": {"card", "checkpoint", "data", "files", "generate", "lora", "model", "planted", "tokenizer"},
     "cache": {"data", "files", "tokenizer"},
     "build": {"checkpoint", "config", "lora", "model"},
+    "watch": {"run"},
+    "resume": {"config", "files", "run"},
+    "guard": {"config", "data", "files", "run"},
     "train": {
-        *{"attention", "build", "cache", "card", "config", "files", "tokenizer", "data", "model", "lora"},
-        *{"checkpoint", "run"},
+        *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "lora", "model"},
+        *{"resume", "run", "tokenizer", "watch"},
     },
     # A dry run of the real modules and the job's own packs: no second account of either that could go stale.
     "dry_run": {"config", "lora", "model", "quant"},

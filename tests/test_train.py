@@ -170,7 +170,7 @@ def test_a_nan_loss_stops_before_the_step_and_names_reports(make: Make, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Run, "forward", poisoned)
-        with pytest.raises(TrainingError, match=r"step 3: the loss is nan; reports on this rank: r\d+\."):
+        with pytest.raises(TrainingError, match=r"step 3: the loss is nan; reports: r\d+ \("):
             train(config)
     folder = Path(config.training.output)
     assert (folder / "checkpoints/latest").read_text() == "step_00000002"
@@ -209,9 +209,6 @@ def test_run_folders_are_protected(make: Make, tmp_path: Path) -> None:
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="not a run folder"):
         train(parse_config(make("mine")))
-    (tmp_path / "run/checkpoints/latest").unlink()
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        train(parse_config(make("run", steps=1)), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +300,13 @@ def test_deepspeeds_monitors_get_the_losses(make: Make, tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-from radllama import train
-save, seen = train.Run.save_checkpoint, []
-def limited(run, step):
+from radllama import resume, train
+save = resume.Checkpoints.save
+def limited(checkpoints, engine, step, state):
     if step == 4:  # from here on no file may grow beyond this
         resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, -1))
-    save(run, step)
-train.Run.save_checkpoint = limited
+    save(checkpoints, engine, step, state)
+resume.Checkpoints.save = limited
 train.main(["--config", sys.argv[1], *sys.argv[2:]])
 """
 

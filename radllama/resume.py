@@ -1,0 +1,199 @@
+"""checkpoints/ in the run folder: what --resume continues from, whatever ended the run, and whenever.
+
+    step_00000150/           DeepSpeed's files, and manifest.json with their sizes and checksums
+    step_00000300.partial/   one being written: renamed once it is complete and on the disk
+    latest                   the name of the last complete one; moves last
+
+A checkpoint that does not match its manifest is passed over, with a note, for the one before. Older ones are removed
+only when a newer one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch.distributed
+
+from radllama.config import Config
+from radllama.files import replace_text
+from radllama.run import TrainingError, writing
+
+logger = logging.getLogger("radllama")
+
+MANIFEST, LATEST, DATA_FILE = "manifest.json", "latest", "data.json"
+OF_RANK = re.compile(r"(?:zero_pp_rank_|/rank)(\d+)")
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks call `save` and `load` together."""
+
+    def __init__(self, folder: Path, *, rank: int, world: int, keep: int) -> None:
+        self.folder, self.rank, self.world, self.keep = folder, rank, world, keep
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+        """Write what `load` needs to continue after `step` steps. Raises TrainingError where it cannot be written."""
+        folder = self.folder / f"step_{step:08d}"
+        partial = folder.with_name(folder.name + ".partial")
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            with writing(folder):
+                engine.save_checkpoint(
+                    str(self.folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+                )
+                files = {name: fingerprint(partial / name, sync=True) for name in self.own_files(partial)}
+        except TrainingError:
+            if self.world == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        parts = everyones(files, self.world)
+        if self.rank == 0:
+            with writing(folder):
+                manifest = state | {
+                    "step": step,
+                    "world": self.world,
+                    "files": {k: v for p in parts for k, v in p.items()},
+                }
+                replace_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                sync(partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+                sync(self.folder)
+                replace_text(self.folder / LATEST, folder.name)
+                sync(self.folder)
+            self.remove_old(step)
+        dist.barrier()
+
+    def own_files(self, folder: Path) -> list[str]:
+        """The files this rank has written, by the rank in their names; those without one are rank 0's."""
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        owners = [OF_RANK.search(f"/{name}") for name in names]
+        return [name for name, owner in zip(names, owners, strict=True) if int(owner[1] if owner else 0) == self.rank]
+
+    def remove_old(self, step: int) -> None:
+        """Keep the last `keep` complete ones up to `step`, just written; later ones are of a past that was given up."""
+        complete = [path for path in self.complete() if int(path.name[5:]) <= step]
+        for path in self.folder.glob("step_*"):
+            if path not in complete[: self.keep]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def complete(self) -> list[Path]:
+        """Those that were written to their end, newest first."""
+        found = [path for path in self.folder.glob("step_*") if path.name[5:].isdigit() and (path / MANIFEST).exists()]
+        return sorted(found, reverse=True)
+
+    def load(self, engine: Any) -> dict[str, Any] | None:
+        """Put the last good checkpoint into the engine; returns its manifest. None where none was ever complete.
+
+        Raises ValueError where there are some and none is whole.
+        """
+        names = [path.name for path in self.candidates()] if self.rank == 0 else []
+        names = everyones(names, self.world)[0]  # one listing for all: folders on a network lag behind
+        for name in names:
+            faults = [fault for part in everyones(self.faults(self.folder / name), self.world) for fault in part]
+            if not faults:
+                return self._load(engine, self.folder / name)
+            if self.rank == 0:
+                logger.warning("%s is damaged and passed over: %s", self.folder / name, "; ".join(faults))
+        if names:
+            raise ValueError(f"--resume: no checkpoint in {self.folder} is whole; restore one, or start a new run")
+        return None
+
+    def candidates(self) -> list[Path]:
+        """Complete checkpoints, in the order in which to try them: `latest`, then older ones."""
+        for path in sorted(self.folder.glob("step_*.partial")):
+            logger.warning("%s was never completed; it is ignored", path)
+        complete, file = self.complete(), self.folder / LATEST
+        latest = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        if complete and latest not in [path.name for path in complete]:
+            logger.warning("%s names no complete checkpoint; %s is the newest", file, complete[0].name)
+            return complete
+        return [path for path in complete if path.name <= latest]
+
+    def faults(self, folder: Path) -> list[str]:
+        """What is wrong with this rank's share of a checkpoint's files."""
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            shares = [name for number, name in enumerate(sorted(files)) if number % self.world == self.rank]
+        except (OSError, ValueError, KeyError, TypeError):
+            return [f"{MANIFEST} cannot be read"]
+        wrong = []
+        for name in shares:
+            try:
+                size = (folder / name).stat().st_size
+                if size != files[name]["bytes"]:
+                    wrong.append(f"{name} has {size} bytes in place of {files[name]['bytes']}")
+                elif fingerprint(folder / name) != files[name]:
+                    wrong.append(f"{name} has another checksum")
+            except OSError as error:
+                wrong.append(f"{name}: {error.strerror}")
+        return wrong
+
+    def _load(self, engine: Any, folder: Path) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["world"] != self.world:
+            raise ValueError(
+                f"--resume: {folder} was written by {manifest['world']} ranks and continues on as many; "
+                f"these are {self.world}"
+            )
+        loaded, _ = engine.load_checkpoint(str(self.folder), tag=folder.name, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(f"--resume: DeepSpeed cannot load {folder}; remove it to continue from the one before")
+        return manifest
+
+
+def check_data(config: Config, folder: Path, *, rank: int, world: int) -> None:
+    """The data files must be those the run began with, on every rank: a step's reports are drawn by their number.
+
+    Their fingerprints stand in the run folder. ValueError names the file that differs.
+    """
+    paths = {"train": config.data.train} | ({"validation": config.data.validation} if config.data.validation else {})
+    mine = {f"data.{key}": fingerprint(Path(path)) for key, path in paths.items()}
+    for number, theirs in enumerate(everyones(mine, world)):
+        for key in mine:
+            if theirs[key] != mine[key]:
+                raise ValueError(f"{key}: rank {number} reads another file than rank {rank} under this name")
+    file = folder / DATA_FILE
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else mine
+    for key in mine:
+        if before[key] != mine[key]:
+            raise ValueError(
+                f"{key}: {paths[key.removeprefix('data.')]} has changed since this run began "
+                f"({before[key]['bytes']} bytes then, {mine[key]['bytes']} now); restore it, or start a new run"
+            )
+    if rank == 0 and not file.exists():
+        replace_text(file, json.dumps(mine, indent=1) + "\n")
+
+
+def everyones(value: Any, world: int) -> list[Any]:
+    """The values of all ranks, in their order."""
+    values: list[Any] = [value] * world
+    if world > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def fingerprint(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Size and checksum of a file's content; with `sync`, written through to the disk before."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
+
+
+def sync(folder: Path) -> None:
+    """Write a folder's entries through to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-system test-fuzz setup indiana tiny-base reports clean
+.PHONY: demo test test-system test-fuzz test-kill setup indiana tiny-base reports clean
 
 setup: .venv/ready
 test: .venv/ready-test
@@ -41,6 +41,10 @@ test-system: .venv/ready-test
 # 200 cases of each kind of error; another seed: python tests/fuzz.py --seed 1
 test-fuzz: .venv/ready-test
 	OMP_NUM_THREADS=1 python -m pytest -q -m slow -s tests/test_fuzz.py
+
+# Processes that are really killed, dozens of times: a quarter of an hour.
+test-kill: .venv/ready-test
+	OMP_NUM_THREADS=1 python -m pytest -q -s tests/test_survival.py
 
 demo: .venv/ready
 	rm -rf runs/demo

@@ -49,7 +49,8 @@ class Job:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                ours = self.pid in (process.pid, os.getsid(process.pid))  # it has no session of its own at first
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process.pid)
             except (ProcessLookupError, psutil.Error):
                 continue
@@ -216,3 +217,108 @@ def test_three_kills_change_nothing(runs: Runs) -> None:
 @pytest.mark.slow
 def test_thirty_kills_change_nothing(runs: Runs) -> None:
     survive(runs, kills=30, in_saves=10, seed=0)
+
+
+def good(tmp: Runs, name: str) -> bool:
+    return contents(tmp.folder / name) == contents(tmp.folder / "alone")
+
+
+def alone(runs: Runs) -> None:
+    job = runs.start(runs.config("alone"))
+    assert job.finish() == 0, job.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_on_all_and_ends_well(runs: Runs, number: signal.Signals) -> None:
+    alone(runs)
+    config = runs.config("stopped")
+    job = runs.start(config)
+    assert until(lambda: steps_done(runs.folder / "stopped") >= 4, job)
+    os.kill(job.ranks()[1], number)
+    assert job.finish() == 0, job.text()
+    assert "continue with --resume" in job.text()
+    done = steps_done(runs.folder / "stopped")
+    assert (runs.folder / "stopped/checkpoints/latest").read_text() == f"step_{done:08d}"
+    assert done < STEPS
+    assert runs.start(config, "--resume").finish() == 0
+    assert good(runs, "stopped")
+
+
+@pytest.mark.slow
+def test_a_second_run_is_kept_out_until_the_last_rank_is_gone(runs: Runs) -> None:
+    config = runs.config("held")
+    job = runs.start(config)
+    assert until(lambda: steps_done(runs.folder / "held") >= 4, job)
+    rank = job.ranks()[1]
+    os.kill(rank, signal.SIGSTOP)  # it cannot notice anything
+    os.kill(job.pid, signal.SIGKILL)
+    second = runs.start(config, "--resume")
+    assert second.finish() == 2
+    assert "is in use by process" in second.text()
+    os.kill(rank, signal.SIGCONT)
+    job.wait(20)
+    assert runs.start(config, "--resume").finish() == 0
+
+
+@pytest.mark.slow
+def test_at_four_ranks_a_failing_one_ends_all_and_its_error_is_shown_first(runs: Runs) -> None:
+    config = runs.config("failing", steps=5000, save_every=5000, validate_every=5000)
+    job = runs.start(config, world=4)
+    assert until(lambda: steps_done(runs.folder / "failing") >= 2, job)
+    os.kill(job.ranks()[2], signal.SIGKILL)
+    assert job.wait(60) < 30
+    assert "stopped, because rank 2 is gone" in job.text()
+    assert job.finish() != 0
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_passed_over(runs: Runs) -> None:
+    alone(runs)
+    for name, damage in (("flipped", flip), ("short", truncate)):
+        config = runs.config(name)
+        job = runs.start(config)
+        folder = runs.folder / name / "checkpoints"
+        assert until(lambda folder=folder: len(list(folder.glob("step_*/manifest.json"))) >= 2, job)
+        kill(job, "everything")
+        job.wait()
+        latest = folder / (folder / "latest").read_text()
+        damage(max(latest.glob("*optim_states.pt"), key=lambda file: file.name))
+        resumed = runs.start(config, "--resume")
+        assert resumed.finish() == 0, resumed.text()
+        assert f"{latest.name} is damaged and passed over" in resumed.text()
+        assert good(runs, name)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.slow
+def test_changed_data_and_another_number_of_ranks_are_refused(runs: Runs) -> None:
+    config = runs.config("run")
+    job = runs.start(config)
+    assert until(lambda: (runs.folder / "run/checkpoints/latest").exists(), job)
+    kill(job, "everything")
+    job.wait()
+    before = sorted(
+        (path, path.read_bytes()) for path in (runs.folder / "run/checkpoints").rglob("*") if path.is_file()
+    )
+    other = runs.start(config, "--resume", world=1)
+    assert other.finish() == 2
+    assert "was written by 2 ranks" in other.text()
+    after = sorted((path, path.read_bytes()) for path in (runs.folder / "run/checkpoints").rglob("*") if path.is_file())
+    assert before == after
+    data = runs.folder / "train.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    changed = runs.start(config, "--resume")
+    assert changed.finish() == 2
+    assert "data.train" in changed.text()
+    assert "has changed since this run began" in changed.text()

@@ -177,6 +177,38 @@ def test_a_nan_loss_stops_before_the_step_and_names_reports(make: Make, monkeypa
     assert len(records(train(config, resume=True), "loss")) == 5
 
 
+@pytest.mark.parametrize(("method", "stage"), [("lora", 0), ("lora", 1), ("full", 2), ("lora", 3)])
+def test_a_skipped_step_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPatch, method: str, stage: int) -> None:
+    """A run whose second step is bad equals one in which that step is left out."""
+    forward, step = module.Run.forward, module.Guard.judge
+    config = make("bad", method, stage, steps=3, on_bad_loss="skip", accumulation=2)
+    calls = iter(range(100))
+
+    def poisoned(run: module.Run, batch: Any) -> Any:
+        losses = forward(run, batch)
+        return losses * float("nan") if run.engine.module.training and next(calls) == 3 else losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "forward", poisoned)
+        bad = train(parse_config(config))
+    numbers = iter(range(100))
+
+    def left_out(guard: Any, loss: float) -> str | None:
+        fault = step(guard, loss)
+        guard.hold = next(numbers) == 1
+        return "left out" if guard.hold else fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Guard, "judge", left_out)
+        clean = train(parse_config(config | {"training": config["training"] | {"output": str(bad) + "-clean"}}))
+    expected, found = weights(clean / "last"), weights(bad / "last")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [record["loss"] is None for record in records(bad, "loss") if record] == [False, True, False]
+    line = json.loads((bad / "bad_steps.jsonl").read_text())
+    assert (line["step"], line["action"]) == (2, "skipped")
+    assert 0 < len(line["ids"]) < config["training"].get("batch_size", 8)
+
+
 def test_data_weights_reach_training_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = make("run", steps=1)
     lines = [json.loads(line) for line in Path(raw["data"]["train"]).read_text().splitlines()]

@@ -1,4 +1,5 @@
 # make demo    set up, train, generate, evaluate          make test         lint, types and the whole test suite
+# make bench     a training step against transformers + PEFT + bitsandbytes (PAIRS=data/indiana/train.jsonl: your reports)
 # make indiana CSV=...   train and score on real chest X-ray reports
 # make tiny-base   re-make assets/tiny-llama3 (a quarter of an hour on two cores)
 PYTHON ?= python3
@@ -6,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-system test-fuzz test-kill setup indiana tiny-base reports clean
+.PHONY: demo test test-system test-fuzz test-kill setup indiana bench tiny-base reports clean
 
 setup: .venv/ready
 test: .venv/ready-test
@@ -23,6 +24,11 @@ test: .venv/ready-test
 
 .venv/ready-reports: .venv/ready
 	$(PIP) --no-build-isolation -e '.[reports]'
+	touch $@
+
+.venv/ready-bench: .venv/ready
+	$(PIP) --no-build-isolation -e '.[bench]'
+	$(PIP) --no-deps llama-models
 	touch $@
 
 .venv/ready-test: .venv/ready
@@ -88,6 +94,12 @@ indiana: .venv/ready-reports
 	done
 	python -m radllama.eval runs/indiana-qlora-*/predictions-16.jsonl runs/indiana-qlora-*/predictions-1.jsonl \
 	  --train data/indiana/train.jsonl --out runs/indiana-eval
+
+PAIRS ?= assets/reports/train.jsonl
+bench: .venv/ready-bench
+	python bench/step.py --pairs $(PAIRS)
+	python bench/step.py --pairs $(PAIRS) --wordings 20
+	python bench/step.py --pairs $(PAIRS) --method full
 
 reports: .venv/ready
 	python assets/make_reports.py pairs --out assets/reports

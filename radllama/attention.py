@@ -102,15 +102,12 @@ def row_attention(segments: Tensor, queries: Tensor | None = None) -> Attend:
 
     queries (N,) int64, ascending: the tokens whose queries are given and outputs wanted; None: all.
     """
-    plain = cache(partial(packed_attention, segments))  # made where it is used: a GPU has no need of it
+    plain = cache(partial(packed_attention, segments, queries))  # made where it is used: a GPU has no need of it
     on = cache(partial(sequences, segments, queries))
 
     def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         if not has_kernel(q_BHTD):
-            if queries is None:
-                return plain()(q_BHTD, k_BKTD, v_BKTD)
-            whole = q_BHTD.new_zeros(*q_BHTD.shape[:2], *k_BKTD.shape[2:]).index_copy(2, queries, q_BHTD)
-            return plain()(whole, k_BKTD, v_BKTD)[:, :, queries]
+            return plain()(q_BHTD, k_BKTD, v_BKTD)
         return varlen_attention(q_BHTD, k_BKTD, v_BKTD, on(q_BHTD.device))
 
     return attend

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from radllama.files import check_links, read_json
 from radllama.quant import Linear4bit
@@ -50,12 +51,84 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        (y,) = self.together(x, (self,))
+        return y
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The formula as it stands."""
         return self.base(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """The outputs of layers that share their input, of which the first is a LoRALinear: the plain formula's values
+        and gradients for less work and memory. With dropout, where every layer has an input of its own, plain."""
+        fused = [
+            layer
+            for layer in layers
+            if isinstance(layer, LoRALinear)
+            and not (layer.training and layer.dropout_p > 0)
+            and getattr(layer.base, "bias", None) is None
+        ]
+        if len(fused) < len(layers):
+            return tuple(layer.plain(x) if isinstance(layer, LoRALinear) else layer(x) for layer in layers)
+        factors = [part.weight for layer in fused for part in (layer.lora_A, layer.lora_B)]
+        outputs: tuple[Tensor, ...] = _SharedInput.apply(x, fused, *factors)
+        return outputs
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in); a 4-bit base's is de-quantised to `dtype`."""
+        return self.base.dequantize(dtype) if isinstance(self.base, Linear4bit) else self.base.weight.detach()
 
     def merged_weight(self) -> Tensor:
         """W + scaling * B A (out, in) in the adapter's dtype, summed in fp32; a 4-bit base is de-quantised first."""
-        weight = self.base.dequantize(torch.float32) if isinstance(self.base, Linear4bit) else self.base.weight.detach()
+        weight = self.base_weight(torch.float32)
         return merged(weight, self.lora_A.weight, self.lora_B.weight, self.scaling).to(self.lora_A.weight.dtype)
+
+
+class _SharedInput(torch.autograd.Function):
+    """y_i = x W_i^T + scaling_i (x A_i^T) B_i^T of layers i that share x.
+
+    Kept for the backward pass are x and x A^T, nothing of a frozen W, which is de-quantised again. The products with
+    all A are one, and every update is added by the matrix product that computes it. The idea is Unsloth's
+    (unsloth/kernels/fast_lora.py). N rows, C inputs, R all ranks, O a layer's outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[LoRALinear], *factors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x_NC, lora_A = x.reshape(-1, x.shape[-1]), factors[::2]
+        inner_NR = x_NC @ torch.cat(lora_A).T
+        outputs = []
+        for layer, inner, lora_B in zip(layers, _by_layer(inner_NR, lora_A), factors[1::2], strict=True):
+            y_NO = x_NC @ layer.base_weight(x.dtype).T
+            y_NO.addmm_(inner, lora_B.T, alpha=layer.scaling)
+            outputs.append(y_NO.view(*x.shape[:-1], -1))
+        ctx.layers = layers  # and not W: under ZeRO-3 it comes and goes between forward and backward
+        ctx.save_for_backward(x_NC, inner_NR, *factors)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_NC, inner_NR, *factors = ctx.saved_tensors
+        lora_A = factors[::2]
+        x_grad, inner_grads, B_grads = None, [], []
+        parts = zip(ctx.layers, grads, _by_layer(inner_NR, lora_A), factors[1::2], strict=True)
+        for layer, grad, inner, lora_B in parts:
+            grad_NO = grad.reshape(-1, grad.shape[-1])
+            inner_grads.append((grad_NO @ lora_B).mul_(layer.scaling))
+            B_grads.append((grad_NO.T @ inner).mul_(layer.scaling))
+            if ctx.needs_input_grad[0]:  # not in the first layer: the embedding is frozen
+                weight = layer.base_weight(grad.dtype)
+                x_grad = grad_NO @ weight if x_grad is None else x_grad.addmm_(grad_NO, weight)
+        inner_grad_NR = torch.cat(inner_grads, dim=1)
+        if x_grad is not None:
+            x_grad = x_grad.addmm_(inner_grad_NR, torch.cat(lora_A)).view(*grads[0].shape[:-1], -1)
+        A_grads = (inner_grad_NR.T @ x_NC).split([len(A) for A in lora_A])
+        return x_grad, None, *(grad for pair in zip(A_grads, B_grads, strict=True) for grad in pair)
+
+
+def _by_layer(inner_NR: Tensor, lora_A: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return inner_NR.split([len(A) for A in lora_A], dim=1)
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

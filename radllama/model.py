@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from radllama.loss import chunked_cross_entropy
+
 # (q_BHTD, k_BKTD, v_BKTD) -> out_BHTD
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -167,24 +169,32 @@ def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
 
 
-def packed_attention(segments: Tensor) -> Attend:
+def packed_attention(segments: Tensor, queries: Tensor | None = None) -> Attend:
     """Attention for one packed row: a segment's tokens see the segment's prefix and, causally, the segment itself.
 
     segments (n, 2) int64 on the CPU: length, and which earlier segment is the prefix (-1: none); the segments tile the
-    row. One call of the kernel a segment: no work is spent on pairs of tokens that must not meet.
+    row. queries (N,) int64, ascending: the tokens whose queries are given; None: all. One call of the kernel a segment:
+    no work is spent on pairs of tokens that must not meet.
     """
     lengths, prefixes = segments[:, 0].tolist(), segments[:, 1].tolist()
+    counts, places = lengths, torch.cat([torch.arange(length) for length in lengths])
+    if queries is not None:
+        owners = torch.arange(len(lengths)).repeat_interleave(segments[:, 0])
+        counts, places = owners[queries.cpu()].bincount(minlength=len(lengths)).tolist(), places[queries.cpu()]
 
     def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        qs, ks, vs = (x.split(lengths, dim=2) for x in (q_BHTD, k_BKTD, v_BKTD))
+        ks, vs = (x.split(lengths, dim=2) for x in (k_BKTD, v_BKTD))
         outputs = []
-        for q, k, v, prefix in zip(qs, ks, vs, prefixes, strict=True):
-            if prefix < 0:
+        for segment, (q, rows) in enumerate(zip(q_BHTD.split(counts, dim=2), places.split(counts), strict=True)):
+            k, v, length, prefix = ks[segment], vs[segment], lengths[segment], prefixes[segment]
+            if prefix < 0 and len(rows) == length:
                 outputs.append(causal_attention(q, k, v))
-                continue
-            k, v = torch.cat((ks[prefix], k), dim=2), torch.cat((vs[prefix], v), dim=2)
-            sees = lower_right_mask(q.shape[2], k.shape[2], q.device)
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True))
+            elif len(rows):
+                if prefix >= 0:
+                    k, v = torch.cat((ks[prefix], k), dim=2), torch.cat((vs[prefix], v), dim=2)
+                sees = lower_right_mask(length, k.shape[2], q.device)
+                sees = sees if len(rows) == length else sees[rows]
+                outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True))
         return torch.cat(outputs, dim=2)
 
     return attend
@@ -194,6 +204,12 @@ def packed_attention(segments: Tensor) -> Attend:
 def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: the last query sees every key, each one before it sees one key less."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Every layer's output for one input; layers that know how to compute them `together` do (lora.py)."""
+    together = getattr(layers[0], "together", None)
+    return together(x, layers) if together else tuple(layer(x) for layer in layers)
 
 
 class Attention(nn.Module):
@@ -206,14 +222,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def qkv(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q_proj(x_BTC), self.k_proj(x_BTC), self.v_proj(x_BTC)
+    def qkv(self, x_BTC: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
+        if queries is None:
+            return project(x_BTC, self.q_proj, self.k_proj, self.v_proj)
+        return self.q_proj(x_BTC[:, queries]), *project(x_BTC, self.k_proj, self.v_proj)
 
-    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        B, T, _ = x_BTC.shape
-        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in self.qkv(x_BTC))  # (B, heads, T, D)
-        out_BHTD = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend, queries: Tensor | None = None) -> Tensor:
+        """queries (N,): the tokens whose output is wanted, which `attend` must know; None: all."""
+        heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self.qkv(x_BTC, queries))
+        q_BHTD, k_BKTD, v_BKTD = heads
+        angles = (cos, sin) if queries is None else (cos[:, :, queries], sin[:, :, queries])
+        out_BHTD = attend(rotate(q_BHTD, *angles), rotate(k_BKTD, cos, sin), v_BKTD)
+        return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -225,8 +245,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def gate_up(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gate_proj(x_BTC), self.up_proj(x_BTC)
+    def gate_up(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        return project(x_BTC, self.gate_proj, self.up_proj)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BTC)
@@ -241,8 +261,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos, sin, attend)
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, attend: Attend, queries: Tensor | None = None) -> Tensor:
+        """All tokens give keys and values; with `queries` (N,) only theirs are computed further, (B, N, C)."""
+        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, attend, queries)
+        x_BTC = attended + (x_BTC if queries is None else x_BTC[:, queries])
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
@@ -257,14 +279,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attends: list[Attend]) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor, attends: list[Attend], queries: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C); with `queries` (N,), which the last `attend` must know, the last layer gives theirs: (B, N, C)."""
         x_BTC: Tensor = self.embed_tokens(tokens_BT)
         cos, sin = rotary_angles(positions_BT, self.config, x_BTC.dtype)
-        for layer, attend in zip(self.layers, attends, strict=True):
+        for number, (layer, attend) in enumerate(zip(self.layers, attends, strict=True), 1):
+            wanted = queries if number == len(self.layers) else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, cos, sin, attend, use_reentrant=False)
+                x_BTC = checkpoint(layer, x_BTC, cos, sin, attend, wanted, use_reentrant=False)
             else:
-                x_BTC = layer(x_BTC, cos, sin, attend)
+                x_BTC = layer(x_BTC, cos, sin, attend, wanted)
         return self.norm(x_BTC)
 
 
@@ -293,30 +319,23 @@ class Llama(nn.Module):
         """Logits (B, T, V); with `label_positions` only theirs (N, V); with `labels` their cross-entropies (N,), fp32.
 
         positions (B, T): RoPE's positions, 0 .. T-1 if not given.
-        segments (n, 2): the row is packed; see `packed_attention`.
+        segments (n, 2): the row is packed; see `packed_attention`. label_positions must ascend then.
         attends: each layer's attention, in place of causal or packed (decode.py: over a KV cache).
         label_positions (N,): indices into the B * T tokens whose *next* token is supervised; labels (N,): that token.
         """
         if positions is None:
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        queries = None
         if attends is None:
             attend = causal_attention if segments is None else self.packed_attention(segments)
             attends = [attend] * self.config.num_hidden_layers
-        x: Tensor = self.model(tokens_BT, positions, attends)
-        if label_positions is not None:
-            x = x.flatten(0, 1)[label_positions]
+            if segments is not None and label_positions is not None:
+                queries, attends[-1] = label_positions, self.packed_attention(segments, label_positions)
+        x: Tensor = self.model(tokens_BT, positions, attends, queries).flatten(0, 1)
+        if label_positions is None:
+            x = x.unflatten(0, tokens_BT.shape)
+        elif queries is None:
+            x = x[label_positions]
         if labels is not None:
             return chunked_cross_entropy(self.lm_head, x, labels)
         return self.lm_head(x)
-
-
-def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 1024) -> Tensor:
-    """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
-
-    def losses(x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(x).float(), labels, reduction="none")
-
-    parts = list(zip(x_NC.split(chunk), labels_N.split(chunk), strict=True))
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([losses(x, labels) for x, labels in parts])
-    return torch.cat([checkpoint(losses, x, labels, use_reentrant=False) for x, labels in parts])

@@ -223,7 +223,7 @@ def test_a_broken_pack_is_noticed(llama: Llama, rows: list[Row], broken: Callabl
     [
         ("lower_right_mask", lambda queries, keys, device: torch.ones(queries, keys, dtype=torch.bool)),
         ("lower_right_mask", lambda queries, keys, device: torch.ones(queries, keys, dtype=torch.bool).tril()),
-        ("packed_attention", lambda segments: model_module.causal_attention),
+        ("packed_attention", lambda segments, queries=None: model_module.causal_attention),
     ],
     ids=["no causal mask after a prefix", "upper left mask", "segments ignored"],
 )

@@ -172,6 +172,82 @@ def test_initialisation() -> None:
         assert not layer.lora_B.weight.any()
 
 
+def results_of(
+    compute: Callable[[Tensor, list[LoRALinear]], tuple[Tensor, ...]], x: Tensor, layers: list[LoRALinear]
+) -> list[Tensor]:
+    """Outputs, then the gradients of x and of every A and B, for a random gradient of the outputs."""
+    generator, leaf = torch.Generator().manual_seed(9), x.clone().requires_grad_()
+    outputs = compute(leaf, layers)
+    factors = [part.weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    total = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs)
+    assert isinstance(total, Tensor)
+    return [*outputs, *torch.autograd.grad(total, [leaf, *factors])]
+
+
+def projections(four_bit: bool) -> list[LoRALinear]:
+    """Layers over 64 inputs of other widths, ranks and scalings, with random factors."""
+    layers = []
+    for width, rank, alpha in ((96, 8, 16.0), (32, 5, 7.5), (64, 1, -3.0)):
+        base: nn.Linear | Linear4bit = nn.Linear(64, width, bias=False)
+        if four_bit:
+            base = Linear4bit.from_weight(base.weight)
+        layers.append(LoRALinear(base, rank=rank, alpha=alpha, dropout=0, rslora=False, dtype=torch.float32))
+        randomise([layers[-1].lora_A.weight, layers[-1].lora_B.weight], seed=rank)
+    return layers
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 5, 64)], ids=str)
+def test_layers_computed_together_equal_the_plain_formula(four_bit: bool, count: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layers, x = projections(four_bit)[:count], torch.randn(shape)
+    expected = results_of(lambda x, layers: tuple(layer.plain(x) for layer in layers), x, layers)
+    found = results_of(LoRALinear.together, x, layers)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert other.abs().max() > 0
+        assert_near(one, other, str(number))
+
+
+def test_layers_computed_together_keep_no_weight_and_need_no_gradient_of_x() -> None:
+    layers, x, kept = projections(four_bit=True), torch.randn(7, 64), set[tuple[int, ...]]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = LoRALinear.together(x, layers)
+    factors = {tuple(part.weight.shape) for layer in layers for part in (layer.lora_A, layer.lora_B)}
+    assert kept == factors | {(7, 64), (7, 8 + 5 + 1)}
+    sum(y.sum() for y in outputs).backward()  # type: ignore[union-attr]
+    for layer in layers:
+        assert layer.lora_A.weight.grad is not None
+        assert layer.lora_B.weight.grad is not None
+
+
+def test_layers_that_cannot_be_computed_together_are_plain() -> None:
+    """Without LoRA, with a bias, with dropout: each by itself, and dropout draws in the layers' order."""
+    torch.manual_seed(0)
+    lora_layer, _, other = projections(four_bit=False)
+    other.base.bias = nn.Parameter(torch.randn(64))
+    x, linear = torch.randn(7, 64), nn.Linear(64, 8)
+    for found, expected in (
+        (LoRALinear.together(x, [lora_layer, linear]), (lora_layer.plain(x), linear(x))),
+        (LoRALinear.together(x, [lora_layer, other]), (lora_layer.plain(x), other.plain(x))),
+    ):
+        for one, two in zip(found, expected, strict=True):
+            assert_near(one, two)
+    drop = LoRALinear(nn.Linear(64, 8, bias=False), rank=4, alpha=4, dropout=0.5, rslora=False, dtype=torch.float32)
+    randomise([drop.lora_B.weight])
+    torch.manual_seed(3)
+    expected = (drop.plain(x), lora_layer.plain(x), drop.plain(x))
+    torch.manual_seed(3)
+    for one, two in zip(LoRALinear.together(x, [drop, lora_layer, drop]), expected, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(expected[0], expected[2])
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (16, 3.0), (1, 1.0)])
 def test_the_formula(rank: int, alpha: float, rslora: bool) -> None:
@@ -324,7 +400,9 @@ def test_dropout_statistics() -> None:
     kept = seen["update"] != 0
     assert abs((~kept).float().mean() - 0.25) < 0.01
     torch.testing.assert_close(seen["update"][kept], torch.full((int(kept.sum()),), 1 / 0.75))
-    layer.eval()(torch.ones(100, 400))
+    layer.eval()
+    randomise([layer.lora_B.weight])
+    torch.testing.assert_close(layer(torch.ones(100, 400)), layer.plain(torch.ones(100, 400)))
     assert (seen["update"] == 1).all()
 
 

@@ -26,7 +26,6 @@ from radllama.model import (
     LlamaConfig,
     RMSNorm,
     RopeScaling,
-    chunked_cross_entropy,
     inverse_frequencies,
     packed_attention,
     rotary_angles,
@@ -193,7 +192,7 @@ def gelu_mlp(self: model_module.MLP, x: Tensor) -> Tensor:
 
 
 def parallel_layer(
-    self: model_module.DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: model_module.Attend
+    self: model_module.DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: model_module.Attend, queries: None
 ) -> Tensor:
     """The MLP beside the attention, not after it."""
     attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
@@ -201,7 +200,7 @@ def parallel_layer(
 
 
 def no_residual(
-    self: model_module.DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: model_module.Attend
+    self: model_module.DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: model_module.Attend, queries: None
 ) -> Tensor:
     x = self.self_attn(self.input_layernorm(x), cos, sin, attend)
     return x + self.mlp(self.post_attention_layernorm(x))
@@ -290,6 +289,41 @@ def test_packed_attention_equals_one_mask_over_the_row(seed: int) -> None:
     torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=0)
 
 
+def test_queries_of_a_packed_row_get_what_they_get_among_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([[4, -1], [3, 0], [5, -1], [2, 0], [6, 2], [1, 2]])
+    q = torch.randn(1, 4, 21, 8, generator=generator)
+    k, v = torch.randn(2, 1, 2, 21, 8, generator=generator)
+    every = packed_attention(segments)(q, k, v)
+    for wanted in ([0], [20], [1, 3], [7, 9, 10, 11], [5, 6, 12, 16, 18, 20], range(21)):
+        queries = torch.tensor(list(wanted))
+        some = packed_attention(segments, queries)(q[:, :, queries], k, v)
+        torch.testing.assert_close(some, every[:, :, queries], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_at_label_positions_alone_changes_nothing(checkpointing: bool) -> None:
+    """Losses and every gradient of a packed row are those of the whole row's logits; only its labels' rows are run."""
+    model = random_llama(tiny_config())
+    model.model.gradient_checkpointing = checkpointing
+    tokens = torch.randint(97, (1, 23), generator=torch.Generator().manual_seed(3))
+    segments, where = torch.tensor([[5, -1], [11, 0], [7, 0]]), torch.tensor([9, 12, 13, 14, 21, 22])
+    labels, results, rows = torch.tensor([4, 96, 0, 8, 8, 1]), [], list[int]()
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    for whole in (True, False):
+        model.zero_grad()
+        if whole:
+            losses = F.cross_entropy(model(tokens, segments=segments)[0, where], labels, reduction="none")
+        else:
+            losses = model(tokens, segments=segments, label_positions=where, labels=labels)
+        (losses * torch.arange(1, 7)).sum().backward()
+        results.append([losses.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert rows == ([23, 23, 6, 6] if checkpointing else [23, 6])
+    assert len(results[0]) == 1 + len(list(model.parameters()))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
 def test_masks_made_in_inference_mode_serve_training() -> None:
     model = random_llama(tiny_config())
     tokens, segments = torch.arange(23)[None], torch.tensor([[5, -1], [11, 0], [7, 0]])
@@ -312,48 +346,6 @@ def test_label_positions_and_labels() -> None:
     torch.testing.assert_close(at_labels, every[where], atol=1e-5, rtol=0)
     losses = model(tokens, label_positions=where, labels=labels)
     torch.testing.assert_close(losses, F.cross_entropy(every[where], labels, reduction="none"), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 4, 10, 1024])
-def test_chunked_cross_entropy_equals_the_plain_one(chunk: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(16, 50, bias=False)
-    x = 3 * torch.randn(10, 16, generator=generator)
-    labels, weight = torch.randint(50, (10,), generator=generator), torch.rand(10, generator=generator)
-    results = []
-    for losses_of in (
-        lambda x: F.cross_entropy(head(x), labels, reduction="none"),
-        lambda x: chunked_cross_entropy(head, x, labels, chunk),
-    ):
-        head.zero_grad()
-        leaf = x.clone().requires_grad_()
-        losses = losses_of(leaf)
-        (losses * weight).sum().backward()
-        assert head.weight.grad is not None
-        assert leaf.grad is not None
-        results.append((losses.detach(), leaf.grad, head.weight.grad.clone()))
-    for expected, value in zip(*results, strict=True):
-        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_chunks_are_computed_again_in_the_backward_pass_alone() -> None:
-    head, calls = nn.Linear(16, 50, bias=False), []
-    head.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    x, labels = torch.randn(10, 16, requires_grad=True), torch.zeros(10, dtype=torch.int64)
-    losses = chunked_cross_entropy(head, x, labels, 4)
-    assert calls == [4, 4, 2]
-    losses.sum().backward()
-    assert sorted(calls) == [2, 2, 4, 4, 4, 4]
-    calls.clear()
-    with torch.no_grad():
-        chunked_cross_entropy(head, x, labels, 4)
-    assert calls == [4, 4, 2]
-
-
-def test_losses_are_fp32_whatever_the_weights() -> None:
-    head = nn.Linear(16, 50, bias=False).bfloat16()
-    losses = chunked_cross_entropy(head, torch.randn(6, 16).bfloat16(), torch.arange(6), 4)
-    assert losses.dtype == torch.float32
 
 
 def test_gradient_checkpointing_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""Cross-entropy at the supervised positions, without the logits of a large vocabulary kept in memory.
+
+N supervised positions, C hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 512) -> Tensor:
+    """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
+    if type(head) is nn.Linear and torch.is_grad_enabled() and not head.weight.requires_grad:
+        return _FrozenHeadLoss.apply(x_NC, head.weight, labels_N, chunk)
+
+    def losses(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), labels, reduction="none")
+
+    parts = list(zip(x_NC.split(chunk), labels_N.split(chunk), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([losses(x, labels) for x, labels in parts])
+    return torch.cat([checkpoint(losses, x, labels, use_reentrant=False) for x, labels in parts])
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """`chunked_cross_entropy` for a frozen head: x's gradient is computed with the loss, and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
+        losses, gradients = [], []
+        for x, labels in zip(x_NC.split(chunk), labels_N.split(chunk), strict=True):
+            scores = (x @ weight_VC.T).float().log_softmax(1)
+            place = torch.arange(len(x), device=x.device), labels
+            losses.append(-scores[place])
+            probability = scores.exp_()
+            probability[place] -= 1
+            gradients.append(probability.to(x.dtype) @ weight_VC)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient_NC,) = ctx.saved_tensors
+        return gradient_NC * grad_N[:, None].to(gradient_NC.dtype), None, None, None

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT
 
 from radllama.train import free_port
@@ -24,6 +25,7 @@ def losses(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.system  # for its minute, not for a package
 def test_two_nodes_train_as_one(tmp_path: Path) -> None:
     lines = (ROOT / "assets/reports/validation.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:40]) + "\n")

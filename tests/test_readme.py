@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher import runner
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,12 @@ def test_the_commands_are_real(page: str, command: str, capsys: pytest.CaptureFi
         if re.match(r"(configs/|assets/|bench/|radllama/|qlora\.json)", word):
             assert (ROOT / word).exists(), word
     asked = [word.split("=")[0] for word in words if word.startswith("--")]
+    if words[0] == "deepspeed":  # what stands before the script is the launcher's own
+        launcher = Path(str(runner.__file__)).read_text(encoding="utf-8")
+        script = words.index("radllama/train.py") if "radllama/train.py" in words else len(words)
+        theirs = [word for word in words[:script] if word.startswith("--")]
+        assert not [option for option in theirs if f'"{option}"' not in launcher]
+        asked = asked[len(theirs) :]
     if words[1] == "-m" or words[0] == "deepspeed":
         name = words[2] if words[1] == "-m" else "radllama.train"
         module = importlib.import_module(name)

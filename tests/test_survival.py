@@ -210,6 +210,7 @@ def survive(runs: Runs, kills: int, in_saves: int, seed: int) -> Counter[str]:
     return places
 
 
+@pytest.mark.system  # for its minute, not for a package
 def test_three_kills_change_nothing(runs: Runs) -> None:
     survive(runs, kills=3, in_saves=1, seed=1)
 

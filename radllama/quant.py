@@ -120,8 +120,30 @@ class Linear4bit(nn.Module):
         """The weight (out_features, in_features); a new tensor, but within `kept`."""
         if self._kept is not None and self._kept.dtype == dtype:
             return self._kept
-        weight: Tensor = bnb.dequantize_4bit(self.weight.detach(), self.quant_state(dtype))
-        return weight
+        return self._dequantized(self.weight.detach(), self.quant_state(dtype))
+
+    def _dequantized(self, codes: Tensor, state: QuantState) -> Tensor:
+        shape = state.shape
+        if self.in_features % BLOCK:  # bitsandbytes' CPU kernel misreads rows that end in half a block
+            state.shape = torch.Size((shape.numel(),))
+        weight: Tensor = bnb.dequantize_4bit(codes, state)
+        return weight.view(shape)
+
+    def dequantized_rows(self, dtype: torch.dtype, count: int) -> Iterator[Tensor]:
+        """`dequantize`, bit for bit, `count` rows (a multiple of 64: rows may share a block) at a time."""
+        if count % BLOCK:
+            raise ValueError(f"count: expected a multiple of {BLOCK}, found {count}")
+        state, codes = self.quant_state(dtype), self.weight.detach()
+        absmax = state.absmax
+        if self.double_quant:
+            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        blocks = count * self.in_features // BLOCK
+        for first in range(0, self.out_features, count):
+            part = self.quant_state(dtype)
+            part.absmax, part.nested, part.offset, part.state2 = absmax[:blocks], False, None, None
+            part.shape = torch.Size((min(count, self.out_features - first), self.in_features))
+            yield self._dequantized(codes[: blocks * BLOCK // 2], part)
+            absmax, codes = absmax[blocks:], codes[blocks * BLOCK // 2 :]
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self)

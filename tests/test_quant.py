@@ -28,8 +28,9 @@ FP4 = [0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12]
 CODES: dict[str, Tensor] = {"nf4": torch.tensor(NF4), "fp4": torch.tensor(FP4 + [-code for code in FP4])}
 
 VARIANTS = list(itertools.product(("nf4", "fp4"), (True, False)))
-# (out, in): whole blocks; not whole; more than one second-level block, not whole; many; rows shorter than a block
-SHAPES = [(16, 64), (3, 22), (130, 130), (300, 200), (500, 34)]
+# (out, in): whole blocks; not whole; more than one second-level block, not whole; many; rows shorter than a block; rows
+# that end in half a block
+SHAPES = [(16, 64), (3, 22), (130, 130), (300, 200), (500, 34), (66, 96), (5, 32)]
 
 
 def random_weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -432,3 +433,16 @@ def test_malformed_tensors_are_refused(spoiler: str) -> None:
 def test_weights_it_cannot_hold(weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Linear4bit.from_weight(weight)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_by_parts_are_the_whole_bit_for_bit(quant_type: QuantType, double_quant: bool, dtype: torch.dtype) -> None:
+    weight = torch.randn(330, 96, generator=torch.Generator().manual_seed(0))  # 64 rows are 96 blocks; 330 no multiple
+    layer = Linear4bit.from_weight(weight, quant_type=quant_type, double_quant=double_quant)
+    parts = list(layer.dequantized_rows(dtype, 128))
+    assert [len(part) for part in parts] == [128, 128, 74]
+    assert torch.equal(torch.cat(parts), layer.dequantize(dtype))
+    with pytest.raises(ValueError, match="multiple of 64, found 100"):
+        next(layer.dequantized_rows(dtype, 100))

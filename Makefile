@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-system test-fuzz test-kill setup indiana bench tiny-base reports clean
+.PHONY: demo test test-slow test-system test-fuzz test-kill setup indiana bench tiny-base reports clean
 
 setup: .venv/ready
 test: .venv/ready-test
@@ -43,6 +43,10 @@ test:
 
 test-system: .venv/ready-test
 	OMP_NUM_THREADS=1 python -m pytest -q -m system
+
+# All that takes long: four ranks, the fuzz, the kills. Half an hour.
+test-slow: .venv/ready-test
+	OMP_NUM_THREADS=1 python -m pytest -q -m slow
 
 # 200 cases of each kind of error; another seed: python tests/fuzz.py --seed 1
 test-fuzz: .venv/ready-test

@@ -2,12 +2,16 @@
 
     python bench/load.py [--folder runs/bench-load] [--rounds 3]          quantising to NF4 on load; an NF4 checkpoint
     python bench/load.py --zero3 1 2 4                                    peak memory of each of so many ranks
+    python bench/load.py --merge                                          peak memory of merging and saving
+    python bench/load.py --hidden 1024 --layers 8 ...                     the same with a model of 0.5 GB
 
 The model (Llama 3.2 1B's shape, random bf16 weights, 2.5 GB) is made in the folder once and kept. Every load is a
 process of its own; importing and compiling stand before the clock and are printed apart; the files are in the page
 cache. Asserted: all codes and statistics are transformers', and what ZeRO-3's ranks gather is what one process loads,
 bit for bit. Bars: quantising 4 x as fast as `from_pretrained(load_in_4bit)`, an NF4 checkpoint 15 x; peak anonymous
-memory at most the finished model (with ZeRO-3, the rank's part) and two of the largest tensors.
+memory at most the finished model (with ZeRO-3, the rank's part) and two of the largest tensors. Merging an adapter:
+one shard and one tensor, at a model and at one of half its layers, so that the slope shows; saving: one shard. (These
+with a vocabulary of 8,192: no tensor is larger than the projections, which take the work.)
 """
 
 from __future__ import annotations
@@ -25,34 +29,42 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from radllama.checkpoint import Partition, load_model, write_model
+from radllama.checkpoint import Partition, load_model, merge_folder, save_model, write_model
 from radllama.checkpoint import main as checkpoint
+from radllama.lora import add_lora, lora_layers, save_adapter
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import Linear4bit, compiled_quantizer
 
-CONFIG = LlamaConfig(
-    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)  # fmt: skip
 FOLDERS = {"plain": "model", "quantise": "model", "checkpoint": "nf4", "peers": "model"}
+MERGES = {"merge": "model", "merge of NF4": "nf4", "save": "model"}
+Result = TypeVar("Result")
 BARS = {"quantise": 4.0, "checkpoint": 15.0}
 
 
-def make_model(folder: Path) -> None:
+def shape(hidden: int, layers: int, vocabulary: int = 128_256) -> LlamaConfig:
+    """Llama 3.2 1B is 2048 x 16."""
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, head_dim=64,
+        tie_word_embeddings=True)  # fmt: skip
+
+
+def make_model(folder: Path, config: LlamaConfig) -> None:
     """The bf16 model, and its NF4 checkpoint as radllama.checkpoint writes it."""
     if not (folder / "model").exists():
         with torch.device("meta"):
-            model = Llama(CONFIG)
+            model = Llama(config)
         generator = torch.Generator().manual_seed(0)
         tensors = (
             (name, (0.02 * torch.randn(parameter.shape, generator=generator)).bfloat16())
             for name, parameter in model.named_parameters()
         )
-        write_model(tensors, CONFIG, folder / "model", max_shard_bytes=2**30)
+        write_model(tensors, config, folder / "model", max_shard_bytes=2**30)
     if not (folder / "nf4").exists():
         checkpoint(["quantize", "--model", str(folder / "model"), "--output", str(folder / "nf4")])
 
@@ -63,8 +75,8 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 
-def measured(load: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
-    """The loaded model, the seconds that took, and the peak of anonymous memory above what was there before."""
+def measured(work: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+    """What the work returns, the seconds it took, and the peak of anonymous memory above what was there before."""
     peak = baseline = resident("RssAnon")
     files, done = resident("RssFile"), threading.Event()
 
@@ -76,12 +88,12 @@ def measured(load: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     sampler = threading.Thread(target=sample)
     sampler.start()
     begun = time.perf_counter()
-    model = load()
+    result = work()
     seconds = time.perf_counter() - begun
     done.set()
     sampler.join()
     peak = max(peak, resident("RssAnon")) - baseline
-    return model, {"seconds": seconds, "peak": peak, "read": resident("RssFile") - files}
+    return result, {"seconds": seconds, "peak": peak, "read": resident("RssFile") - files}
 
 
 def warm_up(what: str) -> float:
@@ -141,8 +153,8 @@ def digest(layers: Iterable[tuple[str, dict[str, Tensor]]]) -> str:
 
 
 def run(what: str, folder: Path) -> dict[str, Any]:
-    """One load in a process of its own, after its files were read once."""
-    for file in (folder / FOLDERS[what]).glob("*.safetensors"):
+    """One piece of work in a process of its own, after its files were read once."""
+    for file in (folder / (FOLDERS | MERGES)[what]).glob("*.safetensors"):
         with file.open("rb") as handle:
             while handle.read(2**24):
                 pass
@@ -155,7 +167,7 @@ def run(what: str, folder: Path) -> dict[str, Any]:
 def compare(folder: Path, rounds: int) -> bool:
     """Print every round and the medians; whether all bars are met."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Llama(CONFIG).parameters())
+        parameters = sum(p.numel() for p in Llama(LlamaConfig.from_json(folder / "model")).parameters())
     turns = ("peers", "quantise", "checkpoint")
     seconds: dict[str, list[float]] = {what: [] for what in turns}
     good = True
@@ -242,12 +254,75 @@ def zero3(folder: Path, worlds: list[int]) -> bool:
     return good
 
 
+def merge_or_save(folder: Path, what: str) -> dict[str, Any]:
+    """Peak memory of one of MERGES in shards of eight of the largest tensors, whatever the model, and those sizes."""
+    source = folder / MERGES[what]
+    with torch.device("meta"):
+        parameters = [parameter.numel() * 2 for parameter in Llama(LlamaConfig.from_json(source)).parameters()]  # bf16
+    shard = 8 * max(parameters)
+    torch.randn(256, 64) @ torch.randn(64, 2048)  # the first product takes memory of its own
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        target = Path(output) / "written"
+        if what == "save":
+            model = load_model(source)
+            _, found = measured(lambda: save_model(model, target, max_shard_bytes=shard))
+        else:
+            _, found = measured(
+                lambda: merge_folder(
+                    source, folder / "adapter", target, dtype=torch.bfloat16, max_shard_bytes=shard))  # fmt: skip
+        written = [file.stat().st_size for file in target.glob("*.safetensors")]
+    return found | {
+        "model": sum(parameters),
+        "largest": max(parameters),
+        "asked": shard,
+        "shard": max(written),
+        "shards": len(written),
+    }
+
+
+def make_adapter(folder: Path) -> None:
+    """A rank-64 adapter on all seven projections of the folder's model, of random values."""
+    if (folder / "adapter").exists():
+        return
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_json(folder / "model"))
+        add_lora(model, rank=64, alpha=16)
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora_layers(model):
+        for linear in (layer.lora_A, layer.lora_B):
+            linear.weight = nn.Parameter((0.02 * torch.randn(linear.weight.shape, generator=generator)).bfloat16())
+    save_adapter(model, folder / "adapter", base_model="model")
+
+
+def merges(folders: list[Path]) -> bool:
+    """Print the peaks of merging and saving for models of growing size, and their slope; whether the bars are met."""
+    good = True
+    for what in MERGES:
+        points = []
+        for folder in folders:
+            found = run(what, folder)
+            limit = found["asked"] + (0 if what == "save" else found["largest"])
+            good &= found["peak"] <= limit
+            points.append((found["model"], found["peak"]))
+            sizes = ("model", "peak", "shard", "largest")
+            model, peak, shard, largest = (f"{found[key] / 1e6:,.0f}" for key in sizes)
+            print(f"{what:<12} model {model} MB in {found['shards']} shards: peak of anonymous memory {peak} MB "
+                  f"(largest shard {shard}, largest tensor {largest}, bar {limit / 1e6:,.0f}); "
+                  f"{found['seconds']:.1f} s", flush=True)  # fmt: skip
+        (small, first), (large, last) = points
+        print(f"{what:<12} slope of the peak: {1e3 * (last - first) / (large - small):+.1f} MB a GB")
+    return good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loading and quantising against transformers + bitsandbytes.")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-load"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--zero3", type=int, nargs="+", metavar="RANKS", help="measure loading for ZeRO-3 instead")
-    parser.add_argument("--only", choices=list(FOLDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--merge", action="store_true", help="measure merging and saving instead")
+    parser.add_argument("--hidden", type=int, default=2048, help="hidden size, a multiple of 256")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--only", choices=[*FOLDERS, *MERGES], help=argparse.SUPPRESS)
     parser.add_argument("--rank-output", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
     options = parser.parse_args()
@@ -255,12 +330,22 @@ def main() -> None:
         rank(options.folder, options.only, options.rank_output)
         return
     if options.only:
-        print(json.dumps(peers(options.folder) if options.only == "peers" else ours(options.folder, options.only)))
+        work = merge_or_save if options.only in MERGES else ours
+        print(json.dumps(peers(options.folder) if options.only == "peers" else work(options.folder, options.only)))
         return
     packages = ("torch", "deepspeed" if options.zero3 else "transformers", "bitsandbytes", "safetensors")
     print(", ".join(f"{name} {version(name)}" for name in packages) + f"; {os.cpu_count()} cores")
-    make_model(options.folder)
-    good = zero3(options.folder, options.zero3) if options.zero3 else compare(options.folder, options.rounds)
+    layers = (options.layers // 2, options.layers) if options.merge else (options.layers,)
+    vocabulary = 8192 if options.merge else 128_256
+    folders = [options.folder / f"{options.hidden}x{count}-{vocabulary}" for count in layers]
+    for folder, count in zip(folders, layers, strict=True):
+        make_model(folder, shape(options.hidden, count, vocabulary))
+        if options.merge:
+            make_adapter(folder)
+    if options.merge:
+        good = merges(folders)
+    else:
+        good = zero3(folders[0], options.zero3) if options.zero3 else compare(folders[0], options.rounds)
     sys.exit(0 if good else 1)
 
 

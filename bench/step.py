@@ -49,16 +49,16 @@ SHAPE = {
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """What every contestant reads: base, adapter, and the reports of every step as token ids and masks."""
+    from radllama.build import random_model
     from radllama.checkpoint import save_model
     from radllama.data import INSTRUCTIONS, Prompt, Reports, read_examples
     from radllama.lora import add_lora, lora_layers, save_adapter
-    from radllama.model import Llama, LlamaConfig
+    from radllama.model import LlamaConfig
     from radllama.tokenizer import Tokenizer
-    from radllama.train import init_weights
 
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(**SHAPE)).to(getattr(torch, options.dtype))
-    init_weights(model, 0)
+    dtype = getattr(torch, options.dtype)
+    model = random_model(LlamaConfig(**SHAPE), 0, device=torch.device("cpu"), dtype=dtype)
     save_model(model, folder / "base")
     if options.method == "qlora":
         add_lora(model, rank=LORA["rank"], alpha=LORA["alpha"])

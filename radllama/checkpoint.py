@@ -29,7 +29,7 @@ from tqdm import tqdm
 from radllama.files import check_links, read_json
 from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of, write_tensors
 from radllama.model import Llama, LlamaConfig
-from radllama.quant import STATE_KEY, Linear4bit, QuantType
+from radllama.quant import BLOCK, STATE_KEY, Linear4bit, QuantType
 
 Quantize = Literal["nf4", "fp4"]
 Partition = Callable[[nn.Parameter], None]  # replaces a parameter's data by this rank's part of it
@@ -37,6 +37,7 @@ INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _SHARD = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,50}\.safetensors")  # a plain name, which cannot leave its folder
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as; safetensors' names
 LARGEST_HEADER = 100 * 10**6  # bytes: safetensors' own bound for a file's header
+_MERGED_AT_A_TIME = 2**19  # values of a weight
 LARGEST_STATE = 2**16  # bytes of the JSON record of a 4-bit layer
 _SIDE_FILES = (
     "tokenizer*",
@@ -406,7 +407,9 @@ def quantize_folder(source: Path, target: Path, *, quant_type: QuantType, dtype:
     write_model(tensors(), config, target, side_files=source)
 
 
-def merge_folder(source: Path, adapter: Path, target: Path, *, dtype: torch.dtype) -> None:
+def merge_folder(
+    source: Path, adapter: Path, target: Path, *, dtype: torch.dtype, max_shard_bytes: int = 5 * 2**30
+) -> None:
     """Write `source` with the adapter folded in, tensor by tensor; 4-bit weights are de-quantised first."""
     config, files = LlamaConfig.from_json(source), WeightFiles(source)
     stored_4bit = files.layers_4bit()
@@ -424,14 +427,24 @@ def merge_folder(source: Path, adapter: Path, target: Path, *, dtype: torch.dtyp
         for name in tqdm(names, desc="merge", unit="tensor", leave=False):
             layer = name.removesuffix(".weight")
             if layer in stored_4bit:
-                weight = files.read_4bit(layer, stored_4bit[layer]).dequantize(torch.float32)
+                packed = files.read_4bit(layer, stored_4bit[layer])
+                shape = (packed.out_features, packed.in_features)
+                count = max(BLOCK, _MERGED_AT_A_TIME // shape[1] // BLOCK * BLOCK)
+                parts: Iterable[Tensor] = packed.dequantized_rows(torch.float32, count)
             else:
-                weight = files.read(name)
-            if f"{layer}.lora_A" in updates:
-                weight = merged(weight, updates[f"{layer}.lora_A"], updates[f"{layer}.lora_B"], scaling)
-            yield name, weight.to(dtype, copy=True)
+                stored = files.read(name)
+                shape, count = tuple(stored.shape), max(1, _MERGED_AT_A_TIME // stored.shape[-1])
+                parts = stored.split(count)
+            weight, first = torch.empty(shape, dtype=dtype), 0
+            for rows in parts:  # so that no whole weight is there in fp32
+                end = first + len(rows)
+                if f"{layer}.lora_A" in updates:
+                    rows = merged(rows, updates[f"{layer}.lora_A"], updates[f"{layer}.lora_B"][first:end], scaling)
+                weight[first:end] = rows
+                first = end
+            yield name, weight
 
-    write_model(tensors(), config, target, side_files=source)
+    write_model(tensors(), config, target, max_shard_bytes=max_shard_bytes, side_files=source)
 
 
 def describe(folder: Path) -> str:

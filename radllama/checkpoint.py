@@ -428,7 +428,7 @@ def merge_folder(
             layer = name.removesuffix(".weight")
             if layer in stored_4bit:
                 packed = files.read_4bit(layer, stored_4bit[layer])
-                shape = (packed.out_features, packed.in_features)
+                shape: tuple[int, ...] = (packed.out_features, packed.in_features)
                 count = max(BLOCK, _MERGED_AT_A_TIME // shape[1] // BLOCK * BLOCK)
                 parts: Iterable[Tensor] = packed.dequantized_rows(torch.float32, count)
             else:

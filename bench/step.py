@@ -84,10 +84,12 @@ def ours(folder: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, Call
     from radllama.checkpoint import load_model
     from radllama.data import Row, pack
     from radllama.lora import load_adapter
+    from radllama.run import keep_freed_memory
 
     model = load_model(folder / "base", quantize="nf4" if method == "qlora" else None, dtype=dtype)
     if method == "qlora":
         load_adapter(model, folder / "adapter")
+    keep_freed_memory()  # as radllama.train does
 
     def loss(rows: list[Any]) -> Tensor:
         batch = pack(sorted((Row(**row) for row in rows), key=lambda row: (row.wording, len(row.ids))))

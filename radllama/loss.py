@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_ROWS = 32  # whose softmax is computed at a time
+
 
 def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 512) -> Tensor:
     """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
@@ -34,12 +36,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
         losses, gradients = [], []
         for x, labels in zip(x_NC.split(chunk), labels_N.split(chunk), strict=True):
-            scores = (x @ weight_VC.T).float().log_softmax(1)
+            scores = (x @ weight_VC.T).float()
+            for rows in scores.split(_ROWS):  # in their place: a second copy of all would be the step's peak of memory
+                rows.copy_(rows.log_softmax(1))
             place = torch.arange(len(x), device=x.device), labels
             losses.append(-scores[place])
             probability = scores.exp_()
             probability[place] -= 1
             gradients.append(probability.to(x.dtype) @ weight_VC)
+            del scores, probability
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from radllama.fused import swiglu
 from radllama.loss import chunked_cross_entropy
 
 # (q_BHTD, k_BKTD, v_BKTD) -> out_BHTD
@@ -250,7 +251,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BTC)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):

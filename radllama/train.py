@@ -62,6 +62,7 @@ from radllama.run import (
     TrainingError,
     claim_run_folder,
     draw_losses,
+    keep_freed_memory,
     show,
     write_config,
     writing,
@@ -142,6 +143,8 @@ def prepare(
     model.packed_attention = row_attention
     model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
     engine, guard = start_engine(config, model, place)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     return Run(config, place, folder, engine, tokenizer, prompt, source, watch, guard), training, validation
 
 

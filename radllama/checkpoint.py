@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from radllama.files import check_links, read_json
-from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of, write_tensors
+from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import BLOCK, STATE_KEY, Linear4bit, QuantType
 
@@ -37,7 +37,10 @@ INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _SHARD = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,50}\.safetensors")  # a plain name, which cannot leave its folder
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight may be stored as; safetensors' names
 LARGEST_HEADER = 100 * 10**6  # bytes: safetensors' own bound for a file's header
-_MERGED_AT_A_TIME = 2**19  # values of a weight
+_HEADER_ROOM = 2**16  # bytes in front of a file that is written: some 300 tensors
+_STORED_AS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STORED_AS |= {torch.uint8: "U8", torch.int8: "I8"}
+_MERGED_AT_A_TIME = 2**17  # values of a weight; malloc keeps some twenty such pieces
 LARGEST_STATE = 2**16  # bytes of the JSON record of a 4-bit layer
 _SIDE_FILES = (
     "tokenizer*",
@@ -284,7 +287,7 @@ def write_model(
     max_shard_bytes: int = 5 * 2**30,
     side_files: Path | None = None,
 ) -> None:
-    """Write tensors as they come, a shard at a time, and config.json beside them; all or nothing.
+    """Write tensors as they come, into shards, and config.json beside them; all or nothing.
 
     side_files: a model folder whose tokenizer and other small files go along.
     """
@@ -297,31 +300,28 @@ def write_model(
 def write_model_into(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, *, max_shard_bytes: int = 5 * 2**30
 ) -> None:
-    """`write_model` into a folder that is there and empty of weights; not atomic by itself."""
+    """`write_model` into a folder that is there and empty of weights; not atomic by itself.
+
+    Each tensor is written as it comes and is not kept.
+    """
     weight_map: dict[str, int] = {}
-    shard: dict[str, Tensor] = {}
-    shards, size, total, dtype, quant = 0, 0, 0, "float32", None
-
-    def flush() -> None:
-        nonlocal shards, size
-        shards += 1
-        write_tensors(shard, folder / _shard_name(shards, 0))
-        shard.clear()
-        size = 0
-
+    shards, total, dtype, quant = 1, 0, "float32", None
+    shard = _ShardFile(folder / _shard_name(1, 0))
     for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shard and size + bytes_ > max_shard_bytes:
-            flush()
-        shard[name] = tensor.cpu().contiguous()
-        weight_map[name] = shards + 1
-        size, total = size + bytes_, total + bytes_
+        if shard.size and (shard.size + tensor.nbytes > max_shard_bytes or not shard.has_room(name)):
+            shard.close()
+            shards += 1
+            shard = _ShardFile(folder / _shard_name(shards, 0))
+        shard.add(name, tensor)
+        weight_map[name] = shards
+        total += tensor.nbytes
         if name.endswith("embed_tokens.weight"):
             dtype = str(tensor.dtype).removeprefix("torch.")
         if STATE_KEY in name:
             nested = f"{name.split(STATE_KEY)[0]}nested_absmax" in weight_map
             quant = _quantization_config(name.split(STATE_KEY)[1], nested, dtype)
-    flush()
+        del tensor  # before the next one is made
+    shard.close()
     if shards == 1:
         (folder / _shard_name(1, 0)).rename(folder / SINGLE_FILE)
     else:
@@ -331,6 +331,55 @@ def write_model_into(
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
     extra = {"quantization_config": quant} if quant else {}
     _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype} | extra)
+
+
+class _ShardFile:
+    """A safetensors file that takes tensors one by one and holds none of them.
+
+    The header stands in front of the tensors: room is left for it, and filled at the end (spaces may follow it). All
+    tensors start at multiples of 8 bytes; those of an odd length wait for the end, the widest elements first.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.size = file, 0
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._waiting: list[tuple[str, Tensor]] = []
+        self._header = 2  # bytes
+        self._handle = file.open("wb")
+        self._handle.seek(8 + _HEADER_ROOM)
+
+    def has_room(self, name: str) -> bool:
+        """Whether the header can take one more entry: a name, a dtype, a shape and two offsets."""
+        return self._header + len(json.dumps(name)) + 200 <= _HEADER_ROOM
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._header += len(json.dumps(name)) + 200
+        self.size += tensor.nbytes
+        if tensor.nbytes % 8:
+            self._waiting.append((name, tensor))
+        else:
+            self._write(name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        begin = self._handle.tell() - 8 - _HEADER_ROOM
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        try:
+            self._handle.write(raw.numpy().data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
+        place = {"shape": list(tensor.shape), "data_offsets": [begin, begin + tensor.nbytes]}
+        self._entries[name] = {"dtype": _STORED_AS[tensor.dtype]} | place
+
+    def close(self) -> None:
+        for name, tensor in sorted(self._waiting, key=lambda pair: -pair[1].element_size()):
+            self._write(name, tensor)
+        header = json.dumps(self._entries, separators=(",", ":")).encode().ljust(_HEADER_ROOM)
+        try:
+            self._handle.seek(0)
+            self._handle.write(len(header).to_bytes(8, "little") + header)
+            self._handle.close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
 
 
 def _shard_name(number: int, shards: int) -> str:

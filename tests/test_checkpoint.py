@@ -37,8 +37,8 @@ from radllama.lora import ALL_LINEAR, add_lora, load_adapter, lora_layers, lora_
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import STATE_KEY, Linear4bit
 
-CONFIG = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
-TIED = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
+CONFIG = tiny_config(hidden_size=64, intermediate_size=128, head_dim=16)
+TIED = tiny_config(hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=True)
 TOKENS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(3))
 SMALL = 20_000  # bytes a shard: a dozen shards
 Edit = Callable[[Path], Any]
@@ -383,7 +383,7 @@ def test_all_that_does_not_fit_is_in_one_message(folder: Path, tmp_path: Path) -
         "  unexpected: model.layers.0.self_attn.q_proj.bias",
         "  unexpected: model.layers.2.mlp.up_proj.weight",
         "  misshapen: model.embed_tokens.weight: config.json says (97, 64), the file (99, 64)",
-        "  misshapen: model.layers.1.mlp.down_proj.weight: config.json says (64, 96), the file (96, 64)",
+        "  misshapen: model.layers.1.mlp.down_proj.weight: config.json says (64, 128), the file (96, 64)",
     ]
     assert str(path) in str(caught.value)
 
@@ -401,8 +401,9 @@ def test_four_bit_layers_of_another_shape(folder: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 112}))
     with pytest.raises(ValueError, match="disagree") as caught:
         load_model(tmp_path / "small")
-    assert "misshapen: model.layers.1.mlp.up_proj.weight: config.json says (112, 64), the file (4-bit) (96, 64)" in str(
-        caught.value
+    assert (
+        "misshapen: model.layers.1.mlp.up_proj.weight: config.json says (112, 64), the file (4-bit) (128, 64)"
+        in str(caught.value)
     )
 
 
@@ -577,6 +578,43 @@ def test_side_files_come_with_the_model_or_not_at_all(
     assert files_of(tmp_path / "merged").keys() == files_of(tmp_path / "out").keys()
 
 
+def test_shards_are_written_tensor_by_tensor_as_safetensors_reads_them(tmp_path: Path) -> None:
+    """Every dtype, odd lengths between even ones: each tensor at a multiple of its element's size, nothing between."""
+    generator = torch.Generator().manual_seed(4)
+    dtypes = (torch.bfloat16, torch.uint8, torch.float32, torch.float16, torch.float64, torch.int8)
+    tensors = {
+        f"{number}.{str(dtype).rpartition('.')[2]}": (100 * torch.randn(shape, generator=generator)).to(dtype)
+        for number, shape in enumerate([(3, 5), (4, 8), (), (7,), (1, 1, 3), (0, 4), (64, 32)])
+        for dtype in dtypes
+    }
+    tensors["spread"] = torch.randn(6, 4, generator=generator).T
+    write_model(tensors.items(), CONFIG, tmp_path / "model", max_shard_bytes=SMALL)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    found = stored(tmp_path / "model")
+    assert len(files) > 1
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    for file in files:
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        entries = [entry for name, entry in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
+        assert length % 8 == 0
+        for entry in entries:
+            begin, end = entry["data_offsets"]
+            assert begin % (int(entry["dtype"].strip("BFUI")) // 8) == 0 or begin == end
+
+
+def test_a_full_header_begins_another_shard(tmp_path: Path) -> None:
+    tensors = {f"{number}." + 150 * "x": torch.full((2,), float(number)) for number in range(500)}
+    write_model(tensors.items(), CONFIG, tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
+    assert {name: float(value[0]) for name, value in stored(tmp_path / "model").items()} == {
+        name: float(value[0]) for name, value in tensors.items()
+    }
+
+
 def test_no_space_left(folder: Path, tmp_path: Path) -> None:
     """The real thing, in a process whose files may not grow beyond 50 kB: safetensors raises an error of its own."""
     script = f"""
@@ -617,15 +655,15 @@ def test_saving_refuses_what_loading_would_not_give_back(folder: Path, tmp_path:
 MEASURE = """
 import json, os, sys, threading, time
 import torch
-from radllama.checkpoint import load_model
+from pathlib import Path
+from radllama.checkpoint import load_model, merge_folder, save_model
 from radllama.quant import Linear4bit
 
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
-def measure(quantize):
-    Linear4bit.from_weight(torch.randn(512, 512).bfloat16())  # the first call imports and compiles: not the loader's
+def peak_of(work):
     peak = baseline = anonymous()
     done = threading.Event()
     def sample():
@@ -635,27 +673,42 @@ def measure(quantize):
             time.sleep(0.001)
     sampler = threading.Thread(target=sample)
     sampler.start()
-    model = load_model(sys.argv[1], quantize=quantize)
+    result = work()
     done.set()
     sampler.join()
-    peak = max(peak, anonymous())
-    sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
-    return {"peak": peak - baseline, "finished": sum(sizes), "largest": max(sizes)}
+    return result, max(peak, anonymous()) - baseline
 
-for quantize in (None, "nf4"):
+def load(quantize):
+    Linear4bit.from_weight(torch.randn(512, 512).bfloat16())  # the first call imports and compiles: not the loader's
+    model, peak = peak_of(lambda: load_model(sys.argv[1], quantize=quantize))
+    sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
+    return {"peak": peak, "finished": sum(sizes), "largest": max(sizes)}
+
+def merge():
+    torch.randn(256, 64) @ torch.randn(64, 2048)  # the first product takes memory of its own
+    source, adapter, target = map(Path, sys.argv[1:4])
+    _, peak = peak_of(lambda: merge_folder(source, adapter, target, dtype=torch.bfloat16, max_shard_bytes=2**26))
+    return {"peak": peak}
+
+def save():
+    model = load_model(sys.argv[1])
+    return {"peak": peak_of(lambda: save_model(model, sys.argv[3] + "-saved", max_shard_bytes=2**26))[1]}
+
+for work in (lambda: load(None), lambda: load("nf4"), merge, save):
     if os.fork() == 0:  # a process each: memory that the first one's allocator kept would hide the second one's need
-        print(json.dumps(measure(quantize)), flush=True)
+        print(json.dumps(work()), flush=True)
         os._exit(0)
     os.wait()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_while_loading(tmp_path: Path) -> None:
+def test_memory_while_loading_merging_and_saving(tmp_path: Path) -> None:
     """Peak anonymous memory, 246 MB of bf16 in four shards.
 
-    The promise is the finished model and two of its largest tensors. The sharper bound, half a tensor, would notice one
-    copy; NF4 takes 3 to 26 MiB of it: a slice's scratch (5 MB), the next layer's codes, and what malloc keeps.
+    The promise of loading is the finished model and two of its largest tensors. The sharper bound, half a tensor, would
+    notice one copy; NF4 takes 3 to 26 MiB of it: a slice's scratch (5 MB), the next layer's codes, and what malloc
+    keeps. Merging and saving promise a shard and a tensor; they hold one tensor (78 MiB) and some rows of it in fp32.
     """
     shape = {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 3}
     config = tiny_config(**shape, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
@@ -664,12 +717,19 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     tensors = ((name, torch.empty(size, dtype=torch.bfloat16).uniform_(-0.05, 0.05)) for name, size in names.items())
     write_model(tensors, config, tmp_path / "model", max_shard_bytes=64 * 2**20)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 4
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "model")]
+    with torch.device("meta"):
+        adapted = Llama(config)
+        add_lora(adapted, rank=8, alpha=16)
+    for _, layer in lora_layers(adapted):
+        for linear in (layer.lora_A, layer.lora_B):
+            linear.weight = nn.Parameter(0.02 * torch.randn(linear.weight.shape))
+    save_adapter(adapted, tmp_path / "adapter", base_model="model")
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("model", "adapter", "merged"))]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=180, env=environment() | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    plain, nf4 = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    plain, nf4, merge, save = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert plain["finished"] == sum(2 * size.numel() for size in names.values())
     assert nf4["finished"] < 0.8 * plain["finished"]
     for name, found in (("bf16", plain), ("nf4", nf4)):
@@ -677,6 +737,11 @@ def test_memory_while_loading(tmp_path: Path) -> None:
         assert found["peak"] > 0.9 * found["finished"]  # the sampler works
         assert found["peak"] <= found["finished"] + 2 * found["largest"]
         assert found["peak"] <= found["finished"] + found["largest"] / 2
+    print("merge", merge, "save", save)
+    assert 0.9 * plain["largest"] <= merge["peak"] <= plain["largest"] + 24 * 2**20
+    assert save["peak"] <= 2**22
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 4
+    assert stored(tmp_path / "merged-saved").keys() == names.keys()
 
 
 # ---------------------------------------------------------------- where models come from

@@ -51,7 +51,7 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def claim_run_folder(config: Config, resume: bool) -> Path:
-    """The run folder of a config; ValueError where it holds something else. Writes nothing."""
+    """The run folder of a config; ValueError where it holds something else, or is read-only. Writes nothing."""
     folder = Path(config.training.output)
     file = folder / CONFIG_FILE
     if folder.exists() and not folder.is_dir():
@@ -70,6 +70,9 @@ def claim_run_folder(config: Config, resume: bool) -> Path:
         raise ValueError(f"--resume: {folder} holds no run; start without --resume")
     elif folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"training.output: nothing can be written to {place} (read-only); choose another")
     return folder
 
 

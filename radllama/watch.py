@@ -208,16 +208,20 @@ class Watch:
 
 
 def launchers() -> list[psutil.Process]:
-    """The processes without which this rank must not go on: the one that started it, and DeepSpeed's front end."""
-    parent = psutil.Process().parent() if LAUNCHED else None
-    if parent is None or parent.name() in SHELLS:
+    """The processes without which this rank must not go on: the one that started it, and DeepSpeed's front end.
+
+    Raises TrainingError where DeepSpeed's launcher was gone before this rank had imported what it needs.
+    """
+    parent = psutil.Process().parent()
+    if not LAUNCHED or (parent is not None and parent.name() in SHELLS):
         return []
-    found = [parent]
     with suppress(psutil.Error):
-        front = parent.parent()
-        if front is not None and "deepspeed.launcher.launch" in parent.cmdline():
-            found += [front] * any("deepspeed" in part for part in front.cmdline())
-    return found
+        if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+            front = parent.parent()
+            return [parent] + [front] * any("deepspeed" in part for part in (front.cmdline() if front else []))
+    if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher alone sets it
+        raise TrainingError("the launcher that started this rank is gone; start again")
+    return [parent] if parent is not None else []
 
 
 def alive(process: psutil.Process) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,45 @@ def test_run_folders_are_protected(make: Make, tmp_path: Path) -> None:
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="not a run folder"):
         train(parse_config(make("mine")))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Makes a folder read-only, for root as well: over a mount of its own, empty at first."""
+    folders: list[Path] = []
+
+    def seal(folder: Path) -> None:
+        folders.append(folder)
+        if os.geteuid():
+            folder.chmod(0o555)
+            return
+        commands = [["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]]
+        if any(subprocess.run(command, capture_output=True).returncode for command in commands):
+            pytest.skip("root can write everywhere, and may not mount here")
+
+    yield seal
+    for folder in folders:
+        if os.geteuid():
+            folder.chmod(0o755)
+        else:
+            subprocess.run(["umount", folder], capture_output=True)
+
+
+def test_a_read_only_run_folder_is_an_error_at_the_start(
+    make: Make, tmp_path: Path, read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(make("run", steps=2, save_every=1))
+    folder = train(config)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "sealed").mkdir()
+    read_only(folder)
+    read_only(tmp_path / "sealed")
+    monkeypatch.setattr(module, "build_model", None)  # nothing is loaded
+    with pytest.raises(ValueError, match=rf"training\.output: nothing can be written to {folder} \(read-only\)"):
+        train(config, resume=True)
+    with pytest.raises(ValueError, match=r"training\.output: nothing can be written to .*/sealed \(read-only\)"):
+        train(parse_config(make("sealed/deep/run")))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import torch.distributed
 
 from radllama.config import Config
 from radllama.files import replace_text
+from radllama.reshard import load_resharded, obstacle
 from radllama.run import TrainingError, writing
 
 logger = logging.getLogger("radllama")
@@ -140,14 +141,29 @@ class Checkpoints:
     def _load(self, engine: Any, folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["world"] != self.world:
-            raise ValueError(
-                f"--resume: {folder} was written by {manifest['world']} ranks and continues on as many; "
-                f"these are {self.world}"
-            )
+            if self.rank == 0:
+                logger.info("%s was written by %d ranks: cut anew for %d", folder, manifest["world"], self.world)
+            load_resharded(engine, folder, then=manifest["world"], rank=self.rank, world=self.world)
+            return manifest
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=folder.name, load_module_strict=False)
         if loaded is None:
             raise ValueError(f"--resume: DeepSpeed cannot load {folder}; remove it to continue from the one before")
         return manifest
+
+
+def check_ranks(config: Config, folder: Path, world: int) -> None:
+    """ValueError where a run folder's checkpoints are of another number of ranks, and cannot be cut for this one."""
+    reason = obstacle(config)
+    for manifest in sorted(folder.glob(f"checkpoints/step_*/{MANIFEST}"), reverse=bool(reason)):
+        try:
+            then = json.loads(manifest.read_text(encoding="utf-8"))["world"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged: passed over with the rest of it
+        if reason and then != world:
+            raise ValueError(
+                f"--resume: {manifest.parent} was written by {then} ranks, and these are {world}; with {reason}, a run "
+                f"continues on as many ranks as it had: start {then}"
+            )
 
 
 def check_data(config: Config, folder: Path, *, rank: int, world: int) -> None:

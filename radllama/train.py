@@ -54,7 +54,7 @@ from radllama.data import (
 from radllama.guard import Guard, mean_losses
 from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
-from radllama.resume import Checkpoints, check_data, everyones
+from radllama.resume import Checkpoints, check_data, check_ranks, everyones
 from radllama.run import (
     MetricsLog,
     PeakMemory,
@@ -115,6 +115,7 @@ def prepare(
 ) -> tuple[Run, Reports, Reports | None]:
     """Check all input, then claim the run folder, then load the model."""
     folder = claim_run_folder(config, resume)
+    check_ranks(config, folder, place.world)
     source = find_model(config.model.path, revision=config.model.revision)
     tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
     wordings = tuple(config.data.instructions or INSTRUCTIONS)

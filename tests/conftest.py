@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,3 +98,22 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.from_dir(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[subprocess.Popen[str]]:
+    """run_server.py, which starts runs of several ranks; see jobs.py."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/run_server.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    yield process
+    assert process.stdin
+    process.stdin.close()
+    process.wait(30)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tokenizer_folder: Path, server: subprocess.Popen[str]) -> Any:
+    from jobs import Runs
+
+    return Runs(tmp_path, tokenizer_folder, server)

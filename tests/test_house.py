@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"data", "files", "tokenizer"},
     "build": {"checkpoint", "config", "lora", "model"},
     "watch": {"run"},
-    "resume": {"config", "files", "run"},
+    "reshard": {"config"},
+    "resume": {"config", "files", "reshard", "run"},
     "guard": {"config", "data", "files", "run"},
     "train": {
         *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "lora", "model"},

@@ -7,11 +7,13 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from jobs import SAVE_EVERY, STEPS, Job, Runs, contents, metrics, steps_done, until
 
+ENDLESS = {"steps": 100_000, "save_every": 50_000, "validate_every": 50_000}
 VICTIMS = ("rank 0", "rank 1", "launcher", "everything")
 
 
@@ -127,6 +129,19 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(runs: Runs, number: sig
 
 
 @pytest.mark.slow
+def test_a_signal_once_a_rank_is_gone_saves_nothing_and_ends_at_once(runs: Runs) -> None:
+    job = runs.start(runs.config("gone", **ENDLESS))
+    assert until(lambda: steps_done(runs.folder / "gone") >= 2, job)
+    first, second = job.ranks()
+    os.kill(second, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(first, signal.SIGUSR1)
+    assert job.wait(30) < 5
+    assert "stopped, because rank 1 is gone" in job.text()
+    assert not list((runs.folder / "gone").glob("checkpoints/*"))
+
+
+@pytest.mark.slow
 def test_a_second_run_is_kept_out_until_the_last_rank_is_gone(runs: Runs) -> None:
     config = runs.config("held")
     job = runs.start(config)
@@ -144,7 +159,7 @@ def test_a_second_run_is_kept_out_until_the_last_rank_is_gone(runs: Runs) -> Non
 
 @pytest.mark.slow
 def test_at_four_ranks_a_failing_one_ends_all_and_its_error_is_shown_first(runs: Runs) -> None:
-    config = runs.config("failing", steps=5000, save_every=5000, validate_every=5000)
+    config = runs.config("failing", **ENDLESS)
     job = runs.start(config, world=4)
     assert until(lambda: steps_done(runs.folder / "failing") >= 2, job)
     os.kill(job.ranks()[2], signal.SIGKILL)
@@ -226,9 +241,6 @@ def test_a_full_disk_at_several_ranks_ends_all_and_keeps_the_last_checkpoint(run
     assert resumed.finish() == 0, resumed.text()
     assert good(runs, "full")
     assert not list((runs.folder / "full").rglob("*.partial"))
-
-
-ENDLESS = {"steps": 100_000, "save_every": 50_000, "validate_every": 50_000}
 
 
 @pytest.mark.system  # for its time, not for a package

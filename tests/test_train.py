@@ -297,6 +297,20 @@ def test_run_folders_are_protected(make: Make, tmp_path: Path) -> None:
         train(parse_config(make("mine")))
 
 
+def test_ranks_that_cannot_go_on_are_refused_before_anything_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make("run", steps=2, optimizer="adamw_8bit")
+    folder = train(parse_config(raw))
+    manifest = folder / "checkpoints/step_00000002/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"world": 3}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "build_model", None)
+    with pytest.raises(ValueError, match=r"written by 3 ranks, and these are 1; with .*adamw_8bit.*: start 3"):
+        train(parse_config(raw), resume=True)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
     """Makes a folder read-only, for root as well: over a mount of its own, empty at first."""

@@ -334,7 +334,8 @@ def changes(cases: Iterable[Case], seed: int = 0) -> list[tuple[Case, str, str]]
 
 def scores(made: Sequence[tuple[Case, str, str]], *, with_rouge: bool = True) -> list[dict[str, float]]:
     """For each change the fall of each metric, in [-1, 1]; a metric without anything to score counts as 1."""
-    from radllama.clinical import compare, faithfulness
+    from radllama.clinical import compare
+    from radllama.faithful import faithfulness
 
     def score(case: Case, text: str) -> dict[str, float]:
         found = compare(case.impression, text)

@@ -10,14 +10,14 @@ Standard library only, any modality. The words are in lexicon.txt, the rules her
 4. Side, degree and size belong to the finding they stand beside, at most up to the next finding, comma or "with".
 
 `compare` scores claims against claims. A claim counts when the other text implies it: "no acute cardiopulmonary
-abnormality" implies "no pneumothorax", not the other way round. `unsupported` asks what the findings do not carry.
+abnormality" implies "no pneumothorax", not the other way round. What an impression says that its findings do not carry
+is faithful.py's to find.
 These are rules about words: good for scores over many reports, no reading of a single one.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -29,7 +29,6 @@ from radllama.lexicon import tokens as tokens_of
 VERSION = "2"
 ASPECTS = ("entity", "negation", "side", "number", "severity", "prior", "recommendation", "urgent")
 Side = Literal["left", "right", "bilateral"]
-Kind = Literal["entity", "negation", "side", "number", "prior"]
 Number = tuple[float, str]  # in mm, cm3, day, %, or "rads" for a category
 
 
@@ -62,16 +61,7 @@ class Statement:
         return self.change is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A claim of the impression without support; the span is that of the impression."""
-
-    kind: Kind
-    start: int
-    end: int
-
-
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """A statement inside its sentence; `concept` is "" where an organ, a size or a change is all that was said."""
 
     start: int
@@ -301,15 +291,15 @@ def _attributes(tokens: Sequence[Token], heads: Sequence[_Head]) -> tuple[_Head 
 _ADVICE = ("advise", "recommend")
 
 
-def _clause(tokens: list[Token]) -> list[_Item]:
-    items: list[_Item] = []
+def _clause(tokens: list[Token]) -> list[Item]:
+    items: list[Item] = []
     kinds = [t.kind for t in tokens]
     known = set(kinds)
     actions = frozenset(t.value for t in tokens if t.kind == "action") if "action" in known else frozenset()
     urgent = "urgent" in known
     if "rads" in known:
         items += [
-            _Item(t.start, t.end, "category", "", numbers=((float(t.value), "rads"),))
+            Item(t.start, t.end, "category", "", numbers=((float(t.value), "rads"),))
             for t in tokens
             if t.kind == "rads"
         ]
@@ -321,11 +311,11 @@ def _clause(tokens: list[Token]) -> list[_Item]:
         advice, tokens = tokens[start:], tokens[:start]
         span = advice[0].start, advice[-1].end
         if told is not None:
-            items.append(_Item(*span, "communication", "", urgent=True))
+            items.append(Item(*span, "communication", "", urgent=True))
         else:
             numbers = tuple((float(t.value.split()[0]), t.value.split()[1]) for t in advice if t.kind == "#")
             negated = any(t.kind == "negation" for t in advice)
-            items.append(_Item(*span, "recommendation", "", negated, numbers=numbers, urgent=urgent, actions=actions))
+            items.append(Item(*span, "recommendation", "", negated, numbers=numbers, urgent=urgent, actions=actions))
         urgent = False
     if "C" in known:  # "if prior studies are available", "prior pneumonia" compare with nothing
         loose = "recommend" in known or "if" in known
@@ -347,21 +337,21 @@ def _clause(tokens: list[Token]) -> list[_Item]:
         degree = None if no else "-".join(dict.fromkeys(head.degrees)) or None
         alarm = not no and (urgent or head.concept in LEXICON.critical)
         said = no, unsure, side, tuple(head.numbers), degree, head.change, alarm
-        items.append(_Item(t.start, t.end, head.concept, head.organ, *said))
+        items.append(Item(t.start, t.end, head.concept, head.organ, *said))
     for i, t in enumerate(tokens):  # an organ of which something unknown is said, a side of nothing known
         if t.kind == "O" and i not in used and not reached[i]:
-            items.append(_Item(t.start, t.end, "", t.value))
+            items.append(Item(t.start, t.end, "", t.value))
     for i, name in lost.items():
         place = next((t.value for t in tokens[i:] if t.kind == "O"), "")
-        items.append(_Item(tokens[i].start, tokens[i].end, "", place, side=cast(Side, name)))
+        items.append(Item(tokens[i].start, tokens[i].end, "", place, side=cast(Side, name)))
     return items
 
 
 @lru_cache(maxsize=100_000)
-def _parse(sentence: str) -> tuple[_Item, ...]:
+def _parse(sentence: str) -> tuple[Item, ...]:
     """The items of one lower-case sentence, spans relative to it."""
     tokens = tokens_of(sentence)
-    items: list[_Item] = []
+    items: list[Item] = []
     start = 0
     for i in [*(i for i, t in enumerate(tokens) if t.kind == "but"), len(tokens)]:
         if clause := tokens[start:i]:
@@ -370,13 +360,13 @@ def _parse(sentence: str) -> tuple[_Item, ...]:
     return tuple(items)
 
 
-def _items(text: str) -> list[tuple[int, int, _Item]]:
+def items_of(text: str) -> list[tuple[int, int, Item]]:
     """The items of a text with the spans of their sentences; a size said of nothing belongs to what came before."""
-    found: list[tuple[int, int, _Item]] = []
+    found: list[tuple[int, int, Item]] = []
     low = lower(text)
     for start, end in sentences(text):
         for item in _parse(low[start:end]):
-            if found and not item.concept and not item.organ and not item.side and (item.numbers or item.change):
+            if not (item.concept or item.organ or item.side) and found and (item.numbers or item.change):
                 a, b, last = found[-1]
                 if last.concept not in ("", "recommendation"):
                     more = last._replace(numbers=last.numbers + item.numbers, change=last.change or item.change)
@@ -386,7 +376,7 @@ def _items(text: str) -> list[tuple[int, int, _Item]]:
     return found
 
 
-def _entity(item: _Item) -> str:
+def _entity(item: Item) -> str:
     concept, organ = item.concept, item.organ
     if concept == "recommendation":
         return f"recommendation: {', '.join(sorted(item.actions)) or 'not specified'}"
@@ -398,7 +388,7 @@ def _entity(item: _Item) -> str:
 def statements(text: str) -> list[Statement]:
     """What `text` states, in its order; organs of which nothing known is said are left out."""
     found = []
-    for start, end, i in _items(text):
+    for start, end, i in items_of(text):
         if i.concept or i.change or i.numbers:
             advice, spot = i.concept == "recommendation", (start + i.start, start + i.end)
             said = i.negated, i.uncertain, i.side, i.numbers, i.severity, i.change, advice, i.urgent
@@ -409,13 +399,13 @@ def statements(text: str) -> list[Statement]:
 # --- from items to claims
 
 
-def _same(a: _Item, b: _Item) -> bool:
+def _same(a: Item, b: Item) -> bool:
     """Whether two items speak of the same finding, be it that one names it more generally ("nodule")."""
-    return b.concept in _alike(a.concept) and related(a.organ, b.organ)
+    return b.concept in alike(a.concept) and related(a.organ, b.organ)
 
 
 @cache
-def _alike(concept: str) -> frozenset[str]:
+def alike(concept: str) -> frozenset[str]:
     """The concept, its more general names, and those that it is a more general name of."""
     general = LEXICON.general
     return frozenset(
@@ -423,7 +413,7 @@ def _alike(concept: str) -> frozenset[str]:
     )
 
 
-def _implies(a: _Item, b: _Item) -> bool:
+def implies(a: Item, b: Item) -> bool:
     """Whether `a` says what `b` says, sides, sizes and degrees apart."""
     if a.negated != b.negated:
         return False
@@ -434,15 +424,15 @@ def _implies(a: _Item, b: _Item) -> bool:
     return _same(a, b)
 
 
-Claim = tuple[str, _Item, Any]  # aspect, whose, value
+Claim = tuple[str, Item, Any]  # aspect, whose, value
 
 
 @lru_cache(maxsize=50_000)
 def _claims(text: str) -> tuple[Claim, ...]:
     claims: dict[Claim, None] = {}
-    for _, _, item in _items(text):
+    for _, _, item in items_of(text):
         concept = item.concept
-        bare = _Item(0, 0, concept, item.organ, item.negated)
+        bare = Item(0, 0, concept, item.organ, item.negated)
         if concept == "recommendation":
             claims["recommendation", bare, item.actions] = None
         elif concept and concept not in ("category", "communication"):
@@ -465,11 +455,11 @@ def _claims(text: str) -> tuple[Claim, ...]:
 def _holds(claim: Claim, others: Iterable[Claim]) -> bool:
     aspect, item, value = claim
 
-    def meets(other: _Item, other_value: Any) -> bool:
+    def meets(other: Item, other_value: Any) -> bool:
         if aspect == "recommendation":
             return item.negated == other.negated and (value == other_value or bool(value & other_value))
         if aspect in ("entity", "negation", "urgent"):
-            return _implies(other, item)
+            return implies(other, item)
         return value == other_value and (_same(item, other) or (not item.concept) != (not other.concept))
 
     return any(aspect == name and meets(other, other_value) for name, other, other_value in others)
@@ -495,121 +485,3 @@ def compare(reference: str, prediction: str) -> dict[str, float | None]:
         return 2 * recall * precision / (recall + precision)
 
     return {name: f1({name}) for name in ASPECTS} | {"clinical_f1": f1({*ASPECTS} - {"negation"})}
-
-
-# --- an impression against its findings
-
-_NO_COMPARISON = re.compile(r"comparison:?\s*(?:none\b|no\b|n/a|not |$)[^.\n]*", re.I)
-_HAS_COMPARISON = re.compile(r"comparison:?\s*\S|\b(?:prior|previous|compared|comparison)\b", re.I)
-
-
-_SIDE_WORDS = [(side, re.compile(f"(?<![a-z]){side}(?![a-z])")) for side in ("left", "right")]
-_PAIRED = re.compile(r"(?<![a-z])(?:bases|apices)(?![a-z])")
-_SIDES: dict[Side | None, str] = {None: "", "left": "l", "right": "r", "bilateral": "lr"}
-
-
-def _both(sides: Iterable[Side | None]) -> set[str]:
-    """The sides "l" and "r" of all together."""
-    return set("".join([_SIDES[side] for side in set(sides)]))
-
-
-def _rounded(value: float, unit: str, known: set[Number]) -> bool:
-    """2.5 cm supports "2.5 cm" and "25 mm", and 24.6 mm supports "2.5 cm": what rounding explains."""
-    slack = 0.51 if value >= 10 else 0.11
-    return any(unit == other and abs(value - number) <= slack for number, other in known)
-
-
-def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind, bool, int, int]]:
-    """Each claim of the impression: its kind, whether it is supported, its span."""
-    context = _NO_COMPARISON.sub("", context)
-    told = [item for _, _, item in _items(findings)]
-    source = told + [item for _, _, item in _items(context)]
-    positive = [item for item in source if not item.negated]
-    affirmed = [item for item in told if item.concept and not item.negated and item.concept != "category"]
-    denied = [item for item in told if item.negated]
-    numbers = {number for item in source for number in item.numbers}
-    low = lower(findings + context)
-    anywhere = _both([item.side for item in source])
-    anywhere |= {side[0] for side, word in _SIDE_WORDS if side in low and word.search(low)}
-    if _PAIRED.search(low):  # "opacities at the lung bases" are bibasilar
-        anywhere = {"l", "r"}
-    prior = any(item.change for item in source) or bool(_HAS_COMPARISON.search(context))
-    for start, _, item in _items(impression):
-        if not item.concept and not item.change and not item.numbers:
-            continue
-        span = start + item.start, start + item.end
-        advice = item.concept in ("recommendation", "communication", "category")
-        sized = not item.negated and any(_rounded(*number, numbers) for number in item.numbers)
-        if item.concept and not advice:  # "no central mass" denies no mass of a size that the findings give
-            yield *(("entity", True) if sized else _entity_check(item, positive, affirmed, denied)), *span
-        if item.side and not advice:
-            yield "side", _side_check(item, source, positive, anywhere), *span
-        if not advice:
-            for number in item.numbers:
-                yield "number", _rounded(*number, numbers), *span
-        if item.change and not advice:
-            yield "prior", prior, *span
-
-
-def _side_check(item: _Item, source: Sequence[_Item], positive: Sequence[_Item], anywhere: set[str]) -> bool:
-    """A side must stand beside the same finding, or else beside its organ, or else anywhere."""
-    alike = _alike(item.concept)
-    same = _both([o.side for o in positive if o.concept in alike and related(item.organ, o.organ)])
-    there = [o for o in source if o.organ == item.organ] if item.concept and item.organ else []
-    near = _both([o.side for o in there if not (o.negated and o.side == "bilateral")])  # "in either breast"
-    return _both([item.side]) <= (same or near or anywhere)
-
-
-def _entity_check(
-    item: _Item, positive: Sequence[_Item], affirmed: Sequence[_Item], denied: Sequence[_Item]
-) -> tuple[Kind, bool]:
-    """A denial fails where the findings affirm it; an assertion fails where they deny it or hold nothing related."""
-    if not item.negated:
-        alike = _alike(item.concept)
-        if any(o.concept in alike and related(item.organ, o.organ) for o in positive):
-            return "entity", True
-    if item.negated:
-        if item.concept == "abnormality":
-            worst = [o for o in affirmed if o.concept in LEXICON.critical and not o.uncertain]
-            clash = [o for o in worst if _implies(item, o._replace(negated=True))]
-        else:
-            general = LEXICON.general
-            same = [o for o in affirmed if o.concept == item.concept or item.concept in general.get(o.concept, ())]
-            same = [o for o in same if related(item.organ, o.organ) and _sides_meet(item, o)]
-            clash = [o for o in same if not any(d.concept == item.concept and _sides_meet(d, o) for d in denied)]
-        return "negation", item.uncertain or not clash  # "no suspicious nodule" leaves room for another
-    no = item._replace(negated=True)
-    if any(o.concept == item.concept and _implies(o, no) for o in denied):
-        return "negation", False
-    if item.concept == "abnormality":
-        return "entity", any(related(item.organ, o.organ) for o in affirmed)
-    names = LEXICON.supports.get(item.concept, set())
-    places = {item.organ} | names
-    home = LEXICON.organ_of.get(item.concept, "")
-    supported = any(
-        o.concept in names or o.organ in places or (o.organ and home == o.organ)
-        or (o.concept and item.organ and o.organ and related(item.organ, o.organ))  # one organ within the other
-        for o in positive
-    )  # fmt: skip
-    return "entity", supported or (not item.organ and bool(affirmed))
-
-
-def _sides_meet(a: _Item, b: _Item) -> bool:
-    return not a.side or not b.side or "bilateral" in (a.side, b.side) or a.side == b.side
-
-
-def unsupported(findings: str, impression: str, context: str = "") -> list[Unsupported]:
-    """The claims of the impression that neither the findings nor the context (indication, comparison) carry.
-
-    Lenient on findings: a diagnosis needs only something abnormal said of its organ, or a finding listed in the
-    lexicon as its support; a denial fails only where the findings affirm the same (or, for "no acute abnormality",
-    something critical). Strict on sides, sizes and priors: these must be there. Advice is not checked.
-    """
-    checks = _checks(findings, impression, context)
-    return [Unsupported(kind, start, end) for kind, held, start, end in checks if not held]
-
-
-def faithfulness(findings: str, impression: str, context: str = "") -> float:
-    """The share of the impression's claims that are supported, in [0, 1]; 1 where it makes none."""
-    held = [held for _, held, _, _ in _checks(findings, impression, context)]
-    return sum(held) / len(held) if held else 1.0

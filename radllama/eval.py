@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from radllama import clinical, judge
+from radllama import clinical, faithful, judge
 from radllama.baselines import BASELINES, baselines
 from radllama.cases import Cases, System, load
 from radllama.client import Client
@@ -63,11 +63,11 @@ def _clinical_case(case: Text4) -> tuple[Scores, list[Claim]]:
     """The CHECKS of one answer, and its unsupported claims. An empty answer scores 0, in an aspect that applies."""
     findings, context, reference, prediction = case
     scores = clinical.compare(reference, prediction)
-    faithful: float | None = clinical.faithfulness(findings, prediction, context)
+    carried: float | None = faithful.faithfulness(findings, prediction, context)
     if not prediction.strip():
-        scores["clinical_f1"] = faithful = 0.0
-    numbers = [scores["clinical_f1"], faithful, *(scores[aspect] for aspect in clinical.ASPECTS)]
-    claims = clinical.unsupported(findings, prediction, context)
+        scores["clinical_f1"] = carried = 0.0
+    numbers = [scores["clinical_f1"], carried, *(scores[aspect] for aspect in clinical.ASPECTS)]
+    claims = faithful.unsupported(findings, prediction, context)
     return numbers, [(claim.kind, claim.start, claim.end) for claim in claims]
 
 

@@ -12,14 +12,14 @@ from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 from radllama import deid
-from radllama.clinical import unsupported
 from radllama.deid import Identifier, redact, screen, screen_with_presidio
+from radllama.faithful import unsupported
 from radllama.intake import FIELDS, encodable
 from radllama.sections import leaks, parse_report, renumber
 
 VERSION = "1"  # of the filters below
 Policy = Literal["flag", "drop", "off"]
-CLAIMS = ("prior", "number", "side", "negation", "entity")  # of the impression, as clinical.unsupported names them
+CLAIMS = ("prior", "number", "side", "negation", "entity")  # of the impression, as faithful.unsupported names them
 POLICIES = ("placeholder", "repeated", "language", *CLAIMS)
 FLAGS = (*POLICIES, "addendum", "indication_withheld", "comparison_withheld")
 
@@ -210,8 +210,8 @@ def _english(text: str) -> bool:
     start = text[:600].lower()
     if not start.isascii() and sum(letter > "\u024f" and letter.isalpha() for letter in start) > 0.3 * len(start):
         return False
-    words = set(start.replace(".", " ").replace(",", " ").split())
-    return len(words & _FOREIGN) <= len(words & _ENGLISH)
+    words = start.replace(".", " ").replace(",", " ").split()
+    return _FOREIGN.isdisjoint(words) or len(_FOREIGN.intersection(words)) <= len(_ENGLISH.intersection(words))
 
 
 def _screened(pair: Pair, flags: list[str], options: Options) -> Pair | Dropped:

@@ -175,8 +175,10 @@ def _fingerprint(settings: Settings) -> str:
     """Of all that decides what `scan` gives for a chunk: the settings, and the rules themselves."""
     state = blake2b(repr((settings.options, settings.columns, settings.near > 0, settings.keep_text)).encode())
     state.update(settings.options.key)
-    names = "sections deid deid_rules deid_words clinical lexicon intake duplicates held_out pairs reports store"
-    for file in sorted(file for name in names.split() for file in Path(__file__).parent.glob(f"{name}.*")):
+    names = "sections deid deid_rules deid_words clinical faithful lexicon intake duplicates held_out pairs"
+    for file in sorted(
+        file for name in (*names.split(), "reports", "store") for file in Path(__file__).parent.glob(f"{name}.*")
+    ):
         state.update(file.read_bytes())
     return state.hexdigest()
 

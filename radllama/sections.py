@@ -208,7 +208,7 @@ _TAG = re.compile(
 _BREAKING = _set("br p div li tr h1 h2 h3 h4 h5 h6 ul ol table")
 _SPACES = str.maketrans("\xa0\t", "  ", "\ufeff\u200b")
 _LINE_END = re.compile(rf"\r\n?|[{_BREAKS[1:]}]")
-_UNTIDY = re.compile(rf"[{_BREAKS}\t\xa0\u200b\ufeff*#_=~<&]")
+_UNTIDY = (*_BREAKS, *"\t\xa0\u200b\ufeff*#_=~<&", "--", " \n", "\n ", "\n\n\n")
 _DECORATED = re.compile(r"[*#=~_]")
 _MARKUP = re.compile(r"\*\*|(?<!_)__(?=[^\W_])|(?<=[^\W_])__(?!_)|^[ \t]*(?:#+ |[-=*~]{4,}[ \t]*$|_{5,}[ \t]*$)", re.M)
 _CONTENT = re.compile(r"[^\W_]")
@@ -425,7 +425,8 @@ def _clean(body: str, untidy: bool) -> str:
             body = _TAG.sub(lambda tag: "\n" if tag[1].lower() in _BREAKING else "", body)
         if "&" in body:
             body = html.unescape(body)
-        body = body.translate(_SPACES)
+        if "\t" in body or not body.isascii():
+            body = body.translate(_SPACES)
         if _DECORATED.search(body) or "--" in body:
             body = _MARKUP.sub("", body)
         body = re.sub(r"\n{3,}", "\n\n", "\n".join([line.strip() for line in body.split("\n")]))
@@ -443,7 +444,7 @@ def parse_report(text: str, *, addendum: Literal["drop", "append", "quarantine"]
     if text and (not headings or headings[0].start > 1):
         headings.insert(0, _Heading(1, 1, "preamble"))
     escaped = _escaped(text)
-    untidy = escaped or bool(_UNTIDY.search(text)) or any(odd in text for odd in ("--", " \n", "\n ", "\n\n\n"))
+    untidy = escaped or any(odd in text for odd in _UNTIDY)
     sections = []
     for k, heading in enumerate(headings):
         end = headings[k + 1].start if k + 1 < len(headings) else len(source)
@@ -494,7 +495,11 @@ def parse_report(text: str, *, addendum: Literal["drop", "append", "quarantine"]
 
 def _repeats(impression: str, text: str) -> bool:
     """Whether the whole impression, if of LEAK_WORDS words or more, stands in the text as one block."""
-    words, text = _WORDS.findall(impression.lower()), text.lower()
+    low, text = impression.lower(), text.lower()
+    for word in low.split():  # most impressions have a word that is not in the text: no need to look closer
+        if len(word) > 2 and word.isascii() and word.isalpha() and word not in text:
+            return False
+    words = _WORDS.findall(low)
     if len(words) < LEAK_WORDS or any(len(word) > 2 and word not in text for word in words):
         return False
     words = _WORDS.findall(re.sub(r"^\d+\. ", "", renumber(impression).lower(), flags=re.M))
@@ -504,11 +509,12 @@ def _repeats(impression: str, text: str) -> bool:
 
 
 # How one word of each impression heading begins: a text without any of these has no such heading.
-_ANSWERS = {
+_STEMS = {
     next(word for word in phrase.split() if not re.match("final|overall|radiol|radiog|imaging|diagnostic", word))[:6]
     for phrase, name in _NAMES.items()
     if name[0] == "impression"
 }
+_ANSWERS = [stem for stem in _STEMS if not any(other in stem for other in _STEMS - {stem})]
 
 
 def leaks(impression: str, prompt_text: str) -> bool:

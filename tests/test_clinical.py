@@ -1,4 +1,4 @@
-"""Statements, comparison and faithfulness by rules, and the perturbation suite they must pass."""
+"""Statements and comparison by rules, and the perturbation suite they must pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radllama.clinical import ASPECTS, Statement, compare, faithfulness, statements, unsupported
+from radllama.clinical import ASPECTS, Statement, compare, statements
 from radllama.lexicon import LEXICON, lower, sentences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,17 +164,13 @@ def test_any_text_gives_spans_inside_it(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(TEXTS, TEXTS, TEXTS)
-def test_scores_are_shares_symmetric_and_full_for_the_same_text(a: str, b: str, c: str) -> None:
+@given(TEXTS, TEXTS)
+def test_scores_are_shares_symmetric_and_full_for_the_same_text(a: str, b: str) -> None:
     same, there, back = compare(a, a), compare(a, b), compare(b, a)
     assert set(same) == {*ASPECTS, "clinical_f1"}
     assert set(same.values()) <= {1.0, None}
     assert there == pytest.approx(back)
     assert all(value is None or 0 <= value <= 1 for value in there.values())
-    assert 0 <= faithfulness(a, b, c) <= 1
-    found = unsupported(a, b, c)
-    assert all(0 <= u.start < u.end <= len(b) for u in found)
-    assert (faithfulness(a, b, c) == 1) == (not found)
 
 
 def test_spans_point_at_the_words() -> None:
@@ -219,59 +215,6 @@ def test_a_long_text_without_a_stop_stays_quick() -> None:
 )
 def test_compare_by_aspect(reference: str, prediction: str, aspect: str, score: float | None) -> None:
     assert compare(reference, prediction)[aspect] == (None if score is None else pytest.approx(score))
-
-
-NORMAL = "The lungs are clear. Heart size is normal. No pleural effusion or pneumothorax. The bones are intact."
-NODULE = "There is a 12 mm nodule in the right upper lobe. The heart is normal."
-
-
-@pytest.mark.parametrize(
-    ("findings", "impression", "context", "kinds"),
-    [
-        (NORMAL, "No acute cardiopulmonary disease.", "", []),
-        (NORMAL, "Normal chest.", "", []),
-        (NORMAL, "No evidence of pneumonia.", "", []),
-        (NORMAL, "Left pleural effusion.", "", ["negation", "side"]),
-        (NORMAL, "2 cm adrenal mass.", "", ["entity", "number"]),
-        (NORMAL, "Acute cardiopulmonary abnormality.", "", ["negation"]),
-        ("Large left pneumothorax.", "No acute cardiopulmonary abnormality.", "", ["negation"]),
-        ("Large left pneumothorax.", "No pneumothorax.", "", ["negation"]),
-        ("Airspace consolidation in the right lower lobe.", "Right lower lobe pneumonia.", "", []),
-        ("The appendix is dilated to 12 mm with fat stranding.", "Acute appendicitis.", "", []),
-        (NODULE, "1.2 cm right upper lobe nodule.", "", []),
-        (NODULE, "21 mm right upper lobe nodule.", "", ["number"]),
-        (NODULE, "12 mm left upper lobe nodule.", "", ["side"]),
-        (NODULE, "Right upper lobe nodule, unchanged.", "", ["prior"]),
-        (NODULE, "Right upper lobe nodule, unchanged.", "Comparison: None.", ["prior"]),
-        (NODULE, "Right upper lobe nodule, unchanged.", "Comparison: CT of 2019.", []),
-        (NODULE + " It is unchanged.", "Stable right upper lobe nodule.", "", []),
-        (NODULE, "Right upper lobe nodule. Recommend CT in 6 months.", "", []),
-        ("Nodules in the left and right breast.", "Bilateral breast nodules.", "", []),
-        ("The liver is enlarged.", "Splenomegaly.", "", ["entity"]),
-        ("Patchy opacity at the left base.", "Continued concern for pneumonia.", "", []),
-        (NODULE, "Without comparisons, the right upper lobe nodule is indeterminate.", "", []),
-        (NODULE, "Right upper lobe nodule. No prior studies are available.", "", []),
-        ("Metallic fragments in the left chest wall.", "Metallic fragments from a prior gunshot wound.", "", []),
-        ("Streaky opacities at the lung bases.", "Bibasilar atelectasis.", "", []),
-        ("Streaky opacity at the right lung base.", "Bibasilar atelectasis.", "", ["side"]),
-        (NODULE, "Right upper lobe nodule, unchanged from the prior study.", "", ["prior"]),
-        ("", "", "", []),
-    ],
-)
-def test_what_the_findings_do_not_support(findings: str, impression: str, context: str, kinds: list[str]) -> None:
-    assert [found.kind for found in unsupported(findings, impression, context)] == kinds
-
-
-def test_unsupported_claims_are_found_where_they_stand() -> None:
-    impression = "No acute disease. 2 cm adrenal mass."
-    spans = {(impression[u.start : u.end], u.kind) for u in unsupported(NORMAL, impression)}
-    assert spans == {("adrenal mass", "entity"), ("adrenal mass", "number")}
-
-
-def test_synthetic_impressions_are_faithful_to_their_findings() -> None:
-    cases = perturb.from_pairs(ROOT / "assets/reports/test.jsonl")
-    flagged = [case for case in cases if unsupported(case.findings, case.impression, case.context)]
-    assert len(flagged) <= 0.05 * len(cases)
 
 
 def test_the_lexicon_refers_only_to_what_it_defines() -> None:

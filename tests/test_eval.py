@@ -783,7 +783,8 @@ def test_the_command_line_works_alone(two: list[Path], tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(ev.__file__).parents[1])
     loaded = set(re.findall(r"'([^']+)'", done.stdout.splitlines()[-1]))
     side = (
-        "eval agreement baselines cases client clinical deid deid_rules deid_words files judge lexicon metrics rubric"
+        "eval agreement baselines cases client clinical deid deid_rules deid_words faithful files judge lexicon "
+        "metrics rubric"
     )
     assert loaded <= {"radllama", *(f"radllama.{name}" for name in [*side.split(), "scorecard", "similar", "stats"])}
     assert "good - ..." in done.stdout

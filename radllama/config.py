@@ -34,6 +34,9 @@ class Model(Section):
 class Quantization(Section):
     type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = Field(True, description="store the block statistics in 8 bits, too")
+    keep_dequantized: bool = Field(
+        False, description="hold the weights de-quantised, too: faster steps for the memory of a model of the dtype"
+    )
 
 
 class Lora(Section):
@@ -143,8 +146,11 @@ _DERIVED = {
 
 
 def _contradictions(config: Config) -> list[str]:
-    """What the deepspeed section says otherwise than `training`."""
+    """What the deepspeed section says otherwise than the others."""
     section, problems = config.deepspeed, []
+    zero = section.get("zero_optimization")
+    if config.quantization.keep_dequantized and isinstance(zero, dict) and zero.get("stage") == 3:
+        problems.append("quantization.keep_dequantized: would hold on every rank what ZeRO-3 divides; remove it")
     same = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.training.accumulation,

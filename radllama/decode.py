@@ -309,7 +309,7 @@ class KVCache:
             k[slots, :, positions] = k_1KTD[0].transpose(0, 1)
             v[slots, :, positions] = v_1KTD[0].transpose(0, 1)
             if layer == len(self.k) - 1:
-                return torch.zeros_like(q_1HTD)  # what comes of the last layer is not wanted
+                return q_1HTD  # of no token: what comes of the last layer is not wanted
             outputs = []
             for q, (slot, start, tokens) in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
                 end = start + len(tokens)
@@ -320,7 +320,7 @@ class KVCache:
 
         attends: list[Attend] = [partial(attend, layer=layer) for layer in range(len(self.k))]
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        model(tokens_1T, positions=positions[None], attends=attends, label_positions=nothing)
+        model.model(tokens_1T, positions[None], attends, nothing)
 
 
 def fits_dequantized(model: nn.Module) -> bool:

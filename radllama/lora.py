@@ -101,7 +101,7 @@ class _SharedInput(torch.autograd.Function):
         for layer, inner, lora_B in zip(layers, _by_layer(inner_NR, lora_A), factors[1::2], strict=True):
             y_NO = x_NC @ layer.base_weight(x.dtype).T
             y_NO.addmm_(inner, lora_B.T, alpha=layer.scaling)
-            outputs.append(y_NO.view(*x.shape[:-1], -1))
+            outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[1]))  # not -1: x may have no rows
         ctx.layers = layers  # and not W: under ZeRO-3 it comes and goes between forward and backward
         ctx.save_for_backward(x_NC, inner_NR, *factors)
         return tuple(outputs)
@@ -122,7 +122,7 @@ class _SharedInput(torch.autograd.Function):
                 x_grad = grad_NO @ weight if x_grad is None else x_grad.addmm_(grad_NO, weight)
         inner_grad_NR = torch.cat(inner_grads, dim=1)
         if x_grad is not None:
-            x_grad = x_grad.addmm_(inner_grad_NR, torch.cat(lora_A)).view(*grads[0].shape[:-1], -1)
+            x_grad = x_grad.addmm_(inner_grad_NR, torch.cat(lora_A)).view(*grads[0].shape[:-1], x_NC.shape[1])
         A_grads = (inner_grad_NR.T @ x_NC).split([len(A) for A in lora_A])
         return x_grad, None, *(grad for pair in zip(A_grads, B_grads, strict=True) for grad in pair)
 

@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from radllama.data import (
 from radllama.guard import Guard, mean_losses
 from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
+from radllama.quant import kept
 from radllama.resume import Checkpoints, check_data, check_ranks, everyones
 from radllama.run import (
     MetricsLog,
@@ -96,7 +97,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     failed = True
     try:
         run, training, validation = prepare(config, place, watch, lock, resume=resume)
-        with watch.listening():
+        with watch.listening(), dequantized(config, run.engine.module, place):
             run.loop(training, validation, resume=resume)
         failed = False
     except BaseException as error:
@@ -349,6 +350,12 @@ def start(config: Config) -> Place:
         logger.setLevel(logging.WARNING)
     logger.info("%d x %s, %s: %s", place.world, device.type, str(dtype).removeprefix("torch."), reason)
     return place
+
+
+def dequantized(config: Config, model: Llama, place: Place) -> AbstractContextManager[None]:
+    """Where the config asks for it, hold the frozen 4-bit weights de-quantised for as long as training takes."""
+    keep = config.method == "qlora" and config.quantization.keep_dequantized
+    return kept(model, place.dtype) if keep else nullcontext()
 
 
 def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str]:

@@ -59,6 +59,10 @@ def test_all_problems_are_named_at_once() -> None:
         ({"deepspeed": {"gradient_clipping": 3}}, "training.gradient_clipping"),
         ({"deepspeed": {"gradient_accumulation_steps": 2}}, "training.accumulation"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "training.dtype"),
+        (
+            {"quantization": {"keep_dequantized": True}, "deepspeed": {"zero_optimization": {"stage": 3}}},
+            "quantization.keep_dequantized",
+        ),
     ],
 )
 def test_contradictions(sections: dict[str, Any], message: str) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": {"config", "data", "files", "run"},
     "train": {
         *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "lora", "model"},
-        *{"resume", "run", "tokenizer", "watch"},
+        *{"quant", "resume", "run", "tokenizer", "watch"},
     },
     # A dry run of the real modules and the job's own packs: no second account of either that could go stale.
     "dry_run": {"config", "lora", "model", "quant"},

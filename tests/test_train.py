@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from conftest import random_llama, synthetic_examples, tiny_config
 from safetensors.torch import load_file
 
@@ -82,6 +83,30 @@ def test_a_run_learns_and_leaves_a_complete_folder(make: Make, method: str) -> N
     assert not list(folder.rglob("*.partial"))
     text = (folder / "metrics.jsonl").read_text() + (folder / "config.json").read_text()
     assert "effusion" not in text  # no report text in logs
+
+
+def test_weights_kept_dequantised_change_no_number(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    dequantize = bnb.dequantize_4bit
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return dequantize(*arguments)
+
+    monkeypatch.setattr(bnb, "dequantize_4bit", counted)
+    folders, counts = [], []
+    for keep in (False, True):
+        raw = make(f"keep-{keep}", steps=4, accumulation=2)
+        folders.append(train(parse_config(raw | {"quantization": {"keep_dequantized": keep}})))
+        counts.append(len(calls))
+        calls.clear()
+    weights_in_4bit = 7 * tiny_config().num_hidden_layers
+    assert counts[1] < 2 * weights_in_4bit  # once each, and some where activations are measured beforehand
+    assert counts[0] > 4 * 2 * weights_in_4bit  # forward in every micro-step, and nearly all of them backward
+    keys = ("step", "loss", "validation_loss", "gradient_norm")
+    assert records(folders[0], *keys) == records(folders[1], *keys)
+    before, after = (weights(folder / "last") for folder in folders)
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 class Cut(BaseException):

@@ -201,6 +201,7 @@ class Run:
                 # The step's loss is sum / supervised tokens of the step. DeepSpeed averages gradients over ranks,
                 # and would divide by the accumulation steps: undo the one, switch off the other.
                 engine.backward(token_losses.sum() * (place.world / supervised), scale_wrt_gas=False)
+                del token_losses  # and its graph, whose nodes would lie all over the memory of the next pass
                 if number < len(mine) - 1:
                     engine.step()  # counts the micro-step; weights change at the last one only
             loss, signalled = global_sums(

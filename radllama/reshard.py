@@ -8,7 +8,6 @@ for bit, and never holds the whole; DeepSpeed then loads it as if this rank had 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from radllama.config import Config
 
 OTHER_CUTS = ("elastic_checkpoint", "mics_shard_size", "parameter_alignment", "round_robin_gradients", "zenflow")
-Field = Callable[[dict[str, Any], int], Tensor]  # of one rank's state and the number of a group: a flat tensor
 
 
 def obstacle(config: Config) -> str | None:
@@ -84,11 +82,10 @@ def group_parts(old: list[dict[str, Any]], optimizer: Any, rank: int) -> dict[st
             raise LookupError(f"{numel} elements in group {group}")
         weights.append(cut(masters, numel, rank * size, size))
         name = base["param_groups"][group]["params"][0]
-        state[name] = {}
-        for key, value in base["state"][name].items():
-            whole = torch.is_tensor(value) and value.dim() > 0
-            moments = [part["base_optimizer_state"]["state"][name][key] for part in old]
-            state[name][key] = cut(moments, numel, rank * size, size) if whole else value
+        states = [unwrapped(part["base_optimizer_state"]["state"][name]) for part in old]
+        state[name] = dict(states[0])
+        for key in moments(states[0], len(masters[0]) + old[0]["group_paddings"][group]):
+            state[name][key] = cut([part[key] for part in states], numel, rank * size, size)
     base = {"state": state, "param_groups": base["param_groups"]}
     return old[0] | {"base_optimizer_state": base, "single_partition_of_fp32_groups": weights}
 
@@ -96,26 +93,30 @@ def group_parts(old: list[dict[str, Any]], optimizer: Any, rank: int) -> dict[st
 def parameter_parts(old: list[dict[str, Any]], optimizer: Any, rank: int) -> dict[str, Any]:
     """ZeRO-3: this rank's part of every parameter, in sub-groups of as many as its share fills, as its state dict."""
     base = old[0]["optimizer_state_dict"]
-    lengths = [len(flat) for flat in old[0]["fp32_flat_groups"]]
+    ranks = [
+        [
+            unwrapped(part["optimizer_state_dict"]["state"][group]) | {"weights": flat}
+            for group, flat in enumerate(part["fp32_flat_groups"])
+        ]
+        for part in old
+    ]
+    lengths = [len(group["weights"]) for group in ranks[0]]
     weights: list[Tensor] = []
     state: dict[int, dict[str, Any]] = {}
     before, offset = 0, 0  # where the next parameter lies in the old ranks' sub-groups
     for number, parameters in enumerate(optimizer.fp16_groups):
-        moments = {key: value for key, value in base["state"][before].items() if torch.is_tensor(value) and value.dim()}
-        fields: dict[str, Field] = {key: moment(key) for key in moments}
-        fields[""] = lambda part, group: part["fp32_flat_groups"][group]
-        pieces: dict[str, list[Tensor]] = {key: [] for key in fields}
-        constants = {key: value for key, value in base["state"][before].items() if key not in moments}
+        state[number] = dict(ranks[0][before])
+        pieces: dict[str, list[Tensor]] = {key: [] for key in moments(state[number], lengths[before])}
         for parameter in parameters:
             size, share = parameter.partition_numel(), -(-parameter.ds_numel // len(old))
-            for key, field in fields.items():
-                parts = [field(part, before).narrow(0, offset, share) for part in old]
-                pieces[key].append(cut(parts, parameter.ds_numel, rank * size, size))
+            for key in pieces:
+                shares = [groups[before][key].narrow(0, offset, share) for groups in ranks]
+                pieces[key].append(cut(shares, parameter.ds_numel, rank * size, size))
             offset += share
             if offset == lengths[before]:
                 before, offset = before + 1, 0
-        weights.append(torch.cat(pieces.pop("")))
-        state[number] = constants | {key: torch.cat(values) for key, values in pieces.items()}
+        state[number] |= {key: torch.cat(values) for key, values in pieces.items()}
+        weights.append(state[number].pop("weights"))
     if before != len(lengths):
         raise LookupError(f"{len(lengths)} sub-groups")
     groups = [
@@ -125,8 +126,18 @@ def parameter_parts(old: list[dict[str, Any]], optimizer: Any, rank: int) -> dic
     return old[0] | {"optimizer_state_dict": {"state": state, "param_groups": groups}, "fp32_flat_groups": weights}
 
 
-def moment(key: str) -> Field:
-    return lambda part, group: part["optimizer_state_dict"]["state"][group][key]
+def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without the dictionary into which bitsandbytes puts some of it."""
+    inner = [value for value in state.values() if isinstance(value, dict)]
+    return {key: value for part in (state, *inner) for key, value in part.items() if not isinstance(value, dict)}
+
+
+def moments(state: dict[str, Any], numel: int) -> list[str]:
+    """The keys of what has a value for each of `numel` elements. LookupError where other tensors are there."""
+    keys = [key for key, value in state.items() if torch.is_tensor(value) and value.dim()]
+    if wrong := [key for key in keys if state[key].shape != (numel,)]:
+        raise LookupError(f"{wrong} of {[tuple(state[key].shape) for key in wrong]}, in place of {numel}")
+    return keys
 
 
 def cut(parts: list[Tensor], numel: int, start: int, size: int) -> Tensor:

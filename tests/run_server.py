@@ -59,7 +59,9 @@ def prepare(job: dict[str, Any]) -> None:
 
 
 def dump(engine: Any, file: Path) -> None:
-    keys = ("exp_avg", "exp_avg_sq")
+    moments = next(iter(engine.optimizer.optimizer.state.values()))
+    keys = [key for key, value in moments.items() if torch.is_tensor(value) and value.dim()]
+    assert len(keys) == 2
     whole = {}
     if engine.zero_optimization_stage() < 3:
         # Only the first step links the moments, once the first of the parameter groups has some.

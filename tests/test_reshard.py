@@ -91,6 +91,12 @@ def test_any_ranks_go_on_with_any_others(runs: Runs, method: str, stage: int, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
+def test_also_with_bitsandbytes_moments(runs: Runs, stage: int) -> None:
+    go_on(runs, "full", stage, (2, 3), optimizer="paged_adamw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_also_in_half_precision_in_small_sub_groups_and_offloaded(runs: Runs, stage: int) -> None:
     zero: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
     if stage == 3:

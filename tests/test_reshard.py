@@ -100,7 +100,7 @@ def test_also_with_bitsandbytes_moments(runs: Runs, stage: int) -> None:
 def test_also_in_half_precision_in_small_sub_groups_and_offloaded(runs: Runs, stage: int) -> None:
     zero: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
     if stage == 3:
-        zero |= {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
+        zero |= {"offload_param": {"device": "cpu"}, "sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
     go_on(runs, "full", stage, (3, 2), dtype="bfloat16", zero=zero)
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -48,9 +49,19 @@ _FOLD = bytes(c + 32 if 65 <= c <= 90 else c if 97 <= c <= 122 or 48 <= c <= 57 
 
 def words(text: str) -> list[str]:
     """The words and numbers of a text in lower case; "2.5" is two of them."""
-    if text.isascii():
-        return text.encode().translate(_FOLD).decode().split()
-    return _WORDS.findall(text.lower())
+    if not text.isascii():
+        return _WORDS.findall(text.lower())
+    found: list[str] = []
+    for piece in text.split(". "):
+        found += _remembered(piece) if len(piece) < 300 else _folded(piece)
+    return found
+
+
+def _folded(text: str) -> list[str]:
+    return text.encode().translate(_FOLD).decode().split()
+
+
+_remembered = lru_cache(maxsize=50_000)(_folded)  # sentences come again and again
 
 
 def normalise(text: str) -> str:

@@ -159,14 +159,10 @@ _LONGEST = 1000  # characters of a sentence; more is no sentence, and the rules 
 def sentences(text: str) -> list[tuple[int, int]]:
     """The spans of the sentences and list items, without the numbers of a list."""
     match = _LIST.match(text)
-    start, spans = match.end() if match else 0, []
-    for match in _END.finditer(text, start):
-        stop, after = match.span()
-        if stop > start:
-            spans.append((start, stop))
-        start = after
-    if start < len(text):
-        spans.append((start, len(text)))
+    ends = [match.span() for match in _END.finditer(text, match.end() if match else 0)]
+    starts = [match.end() if match else 0, *[after for _, after in ends]]
+    stops = [*[stop for stop, _ in ends], len(text)]
+    spans = [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start]
     if len(text) > _LONGEST:
         spans = [(i, min(i + _LONGEST, end)) for start, end in spans for i in range(start, end, _LONGEST)]
     return spans

@@ -84,7 +84,8 @@ def scan(packed: bytes, settings: Settings) -> Scanned:
             held = {name: text for name, text in record.items() if text and (settings.keep_text or name not in _BODY)}
             dropped.append(_line(entry | held))
             continue
-        details[withheld].update(_counts(result.identifiers))
+        if result.identifiers:
+            details[withheld].update(_counts(result.identifiers))
         findings, impression = duplicates.words(result.findings), duplicates.words(result.impression)
         date = _date(result.study_date)
         key = options.key or _OPEN_KEY

@@ -202,18 +202,20 @@ _BLANKS = '\t\xa0\u2002\u2003\u2009\u200b\u202f\ufeff*#_|>=~`"“”•·▪‣�
 _SHADOW = str.maketrans(
     dict.fromkeys(_BREAKS, "\n") | dict.fromkeys(_BLANKS, " ") | dict.fromkeys("–—‐‑", "-") | {"：": ":"}
 )
+_SHADOW_ASCII = bytes(ord(chr(c).translate(_SHADOW)) for c in range(128)).ljust(256)
 _TAG = re.compile(
     r"</?(br|p|div|li|tr|h[1-6]|ul|ol|table|[bui]|em|strong|span|td|th|font|pre|html|body)\b[^<>]*>", re.I
 )
 _BREAKING = _set("br p div li tr h1 h2 h3 h4 h5 h6 ul ol table")
 _SPACES = str.maketrans("\xa0\t", "  ", "\ufeff\u200b")
-_LINE_END = re.compile(rf"\r\n?|[{_BREAKS[1:]}]")
+_LINE_END = re.compile(rf"[{_BREAKS}](?:(?<=\r)\n)?")
 _UNTIDY = (*_BREAKS, *"\t\xa0\u200b\ufeff*#_=~<&", "--", " \n", "\n ", "\n\n\n")
-_DECORATED = re.compile(r"[*#=~_]")
+_DECORATED = (*"*#=~_", "--")
 _MARKUP = re.compile(r"\*\*|(?<!_)__(?=[^\W_])|(?<=[^\W_])__(?!_)|^[ \t]*(?:#+ |[-=*~]{4,}[ \t]*$|_{5,}[ \t]*$)", re.M)
 _CONTENT = re.compile(r"[^\W_]")
 _WORDS = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
-_MARK = re.compile(r"(?<!\S)(?:\((\d{1,2})\)|#?(\d{1,2})[.)]+|(\d{1,2}) ?[-:](?= ))(?=\s|[A-Za-z(\"']|\Z)")
+_MARK_BEGINS = re.compile(r"[(#\d](?<!\S[(#\d])")  # found fast: it starts with a set of characters
+_MARK = re.compile(r"(?:\((\d{1,2})\)|#?(\d{1,2})[.)]+|(\d{1,2}) ?[-:](?= ))(?=\s|[A-Za-z(\"']|\Z)")
 _LAST_WORD = re.compile(r"([\w-]+)[:.]?\Z")
 _REPEATED = re.compile(r"(?:(?:\(1\)|#?1[.)]+|[-*•·▪‣◦●–]) +)+")
 _BULLET = re.compile(r"\n[ \t]*[-*•·▪‣◦●–][ \t]+")
@@ -235,7 +237,8 @@ def _shadow(text: str) -> str:
         flat = flat.replace("&nbsp;", " " * 6)
     if _escaped(text):
         flat = flat.replace("\\r", "  ").replace("\\n", "\n\n")
-    return flat.replace("\r\n", " \n").translate(_SHADOW)
+    flat = flat.replace("\r\n", " \n")
+    return flat.encode().translate(_SHADOW_ASCII).decode() if flat.isascii() else flat.translate(_SHADOW)
 
 
 def _escaped(text: str) -> bool:
@@ -326,13 +329,13 @@ def _judge(source: str, flat: str, start: int, end: int, last: str, seen: set[st
     own_line = flat[at - 1] == "\n" and (not numbered or case == "upper")
     fresh = own_line or (not numbered and (start - at > 1 or flat[at - 1] in ".!?:;"))
     blank_before = at < 2 or flat[at - 2] == "\n"
+    # "COMPARISON: No prior" is the whole of it
+    alone = own_line and last not in _BODY and (kind == "colon" or (kind == "line" and case != "lower"))
     running = None  # the word before, where a sentence may go on with the phrase
-    if not (blank_before or flat[at - 1] in ".:;,!?)"):
+    if not (alone or blank_before or flat[at - 1] in ".:;,!?)"):
         running = _RUNNING.search(flat, max(0, at - 24), at)
     shouted = running is not None and source[running.start(1) : running.end(1)].isupper()
     prose = running is not None and (running[1] in _BEFORE or running[1].endswith("'s"))
-    if own_line and last not in _BODY and (kind == "colon" or (kind == "line" and case != "lower")):
-        prose = False  # "COMPARISON: No prior" is the whole of it
     core = name in ("findings", "impression", "merged", "preliminary") and not weak
 
     if of and (case == "lower" or not own_line):
@@ -427,9 +430,11 @@ def _clean(body: str, untidy: bool) -> str:
             body = html.unescape(body)
         if "\t" in body or not body.isascii():
             body = body.translate(_SPACES)
-        if _DECORATED.search(body) or "--" in body:
+        if any(mark in body for mark in _DECORATED):
             body = _MARKUP.sub("", body)
-        body = re.sub(r"\n{3,}", "\n\n", "\n".join([line.strip() for line in body.split("\n")]))
+        body = "\n".join([line.strip() for line in body.split("\n")])
+        if "\n\n\n" in body:
+            body = re.sub(r"\n{3,}", "\n\n", body)
     body = body.strip().rstrip("*=|[<-– \n")
     return body if body[:2] == "* " else body.lstrip(":;=|]* \n")
 
@@ -547,7 +552,9 @@ def renumber(impression: str) -> str:
 
 def _renumber_once(text: str) -> str:
     marks: list[re.Match[str]] = []
-    for match in _MARK.finditer(text):
+    for begin in _MARK_BEGINS.finditer(text):
+        if not (match := _MARK.match(text, begin.start())):
+            continue
         before = text[max(0, match.start() - 40) : match.start()].rstrip(" \t")
         own_line = not before or before[-1] == "\n"
         before = before.rstrip()

@@ -189,12 +189,18 @@ def faulty_lines(file: Path, problems: list[str], count: int) -> ValueError:
     return ValueError(f"{file}: mend or remove these lines:\n  " + "\n  ".join(shown))
 
 
+def _plain(raw: Any, line: bytes) -> bool:
+    """Whether it can be written out again for certain: an object of ASCII texts, as most lines are."""
+    return line.isascii() and b"\\u" not in line and type(raw) is dict and {*map(type, raw.values())} <= {str}
+
+
 def _parse(line: bytes, need_impression: bool) -> Example:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes; that is no report")
     try:
         raw = json.loads(line)
-        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # as it will be written out again
+        if not _plain(raw, line):
+            json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # as it will be written out again
     except UnicodeEncodeError:
         raise ValueError("a text holds half of a surrogate pair, which is not a character") from None
     except UnicodeDecodeError as error:

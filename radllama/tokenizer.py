@@ -403,6 +403,8 @@ def _turns(messages: Sequence[Message]) -> tuple[str | None, str, str | None]:
 
 
 def _well_formed(text: str) -> str:
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:  # pairs of surrogates join, unpaired ones become U+FFFD

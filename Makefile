@@ -1,5 +1,5 @@
 # make demo    set up, train, generate, evaluate          make test         lint, types and the whole test suite
-# make bench     a training step against transformers + PEFT + bitsandbytes (PAIRS=data/indiana/train.jsonl: your reports)
+# make bench   training, generating and loading against transformers + PEFT + bitsandbytes, an hour (PAIRS=data/indiana/train.jsonl: your reports)
 # make indiana CSV=...   train and score on real chest X-ray reports
 # make tiny-base   re-make assets/tiny-llama3 (a quarter of an hour on two cores)
 PYTHON ?= python3
@@ -104,6 +104,9 @@ bench: .venv/ready-bench
 	python bench/step.py --pairs $(PAIRS)
 	python bench/step.py --pairs $(PAIRS) --wordings 20
 	python bench/step.py --pairs $(PAIRS) --method full
+	python bench/sweep.py --pairs $(PAIRS)
+	python bench/generate.py --pairs $(PAIRS) --learn 30
+	python bench/load.py
 
 reports: .venv/ready
 	python assets/make_reports.py pairs --out assets/reports

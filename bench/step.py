@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def work(options: argparse.Namespace) -> None:
 
     import radllama.checkpoint
     import radllama.data
+    from radllama.quant import kept
 
     del bitsandbytes, peft, transformers, radllama
     torch.set_num_threads(options.threads)
@@ -181,18 +183,21 @@ def work(options: argparse.Namespace) -> None:
     steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    for line in sys.stdin:
-        number = int(line)
-        started = time.perf_counter()
-        loss = loss_of(steps[number])
-        loss.backward()
-        if number == 0:
-            save_gradients(trained, folder / f"{options.worker}.pt")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        answer = {"seconds": seconds, "loss": loss.item(), "memory": memory("VmHWM") - before}
-        print(json.dumps(answer), file=answers, flush=True)
+    keep = options.keep_dequantized and options.worker == "ours"
+    with kept(model, getattr(torch, dtype)) if keep else nullcontext():
+        for line in sys.stdin:
+            number = int(line)
+            started = time.perf_counter()
+            loss = loss_of(steps[number])
+            loss.backward()
+            if number == 0:
+                save_gradients(trained, folder / f"{options.worker}.pt")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
+            answer = {"seconds": seconds, "loss": loss.item(), "memory": memory("VmHWM") - before}
+            del loss  # and the graph's nodes with it
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 def save_gradients(trained: dict[str, nn.Parameter], file: Path) -> None:
@@ -240,6 +245,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--keep-dequantized", action="store_true", help="in ours (quantization.keep_dequantized)")
     parser.add_argument("--only", nargs="*", help="run these contestants alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker-folder", type=Path, help=argparse.SUPPRESS)

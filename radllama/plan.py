@@ -117,6 +117,9 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         moved = {kind: weights.pop(kind) for kind in list(weights)}
         host["weights"] = sum(moved.values())
     base = weights | resident
+    if config.method == "qlora" and config.quantization.keep_dequantized:
+        codes = sum(weight.size * weight.times for weight in parameters if weight.kind == "4-bit codes")
+        base["de-quantised weights"] = 2 * codes * dtype.itemsize  # two weights a byte
     if gathered := gathered_bytes(parameters, zero, machine.ranks if zero.offload_param == "none" else 2):
         base["ZeRO-3's gathered weights"] = gathered
     before, grow = gradients_before(job, zero)

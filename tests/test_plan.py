@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_kept_activations_are_those_that_a_real_pass_saves(method: str, pack: Pa
     )
     real = real_kept(model, pack)
     # Live at the end of a pass, and not saved: the last rows, integers, the losses. Saved and not live: views.
-    assert found.kept == pytest.approx(real, rel=0.04)
+    assert found.kept == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -184,7 +185,10 @@ def test_more_of_anything_takes_more() -> None:
     longer = PackShape((*pack.segments, *[(280, 0)] * 8), 800, "test")
     assert total([off]) > total([on])
     assert total([off], pack=longer) > total([off])
-    assert total([], ranks=1, config="llama3-8b-qlora-1gpu") < total([], ranks=1)
+    qlora = partial(total, ranks=1, config="llama3-8b-qlora-1gpu")
+    assert qlora([]) < total([], ranks=1)
+    layers = shape.num_hidden_layers * shape.hidden_size * (3 * shape.intermediate_size + 2.5 * shape.hidden_size)
+    assert qlora(["quantization.keep_dequantized=true"]) - qlora([]) == 2 * layers  # bytes of bf16
 
 
 def test_estimated_packs_follow_the_batch() -> None:

@@ -72,15 +72,16 @@ def _sorted_sentence(sentence: str) -> _Sorted | None:
 
 def _sorted_text(text: str) -> _Sorted:
     """The items of all sentences, each sentence sorted once: reports say the same again and again."""
-    found = _Sorted([], [], [])
+    positive: list[Item] = []
+    denied: list[Item] = []
+    affirmed: list[Item] = []
     for sentence in sentence_texts(text):
         if (part := _sorted_sentence(sentence)) is None:
             return _Sorted.of(item for _, _, item in items_of(text))
-        positive, denied, affirmed = part
-        found.positive.extend(positive)
-        found.denied.extend(denied)
-        found.affirmed.extend(affirmed)
-    return found
+        positive += part[0]
+        denied += part[1]
+        affirmed += part[2]
+    return _Sorted(positive, denied, affirmed)
 
 
 class _Source:

@@ -218,6 +218,7 @@ _CONTENT = re.compile(r"[^\W_]")
 _WORDS = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
 _MARK_BEGINS = re.compile(r"[(#\d](?<!\S[(#\d])")  # found fast: it starts with a set of characters
 _MARK = re.compile(r"(?:\((\d{1,2})\)|#?(\d{1,2})[.)]+|(\d{1,2}) ?[-:](?= ))(?=\s|[A-Za-z(\"']|\Z)")
+_FIRST_MARKS = ("1.", "1)", "1-", "1:", "1 -", "1 :")  # one of them is in every numbered list
 _LAST_WORD = re.compile(r"([\w-]+)[:.]?\Z")
 _REPEATED = re.compile(r"(?:(?:\(1\)|#?1[.)]+|[-*•·▪‣◦●–]) +)+")
 _BULLET = re.compile(r"\n[ \t]*[-*•·▪‣◦●–][ \t]+")
@@ -556,7 +557,7 @@ def renumber(impression: str) -> str:
     ("BI-RADS 2.", "category 4.", "series 3."). Idempotent; nothing but markers and blanks changes.
     """
     text, before = _LINE_END.sub("\n", impression).strip(), ""
-    if "1" not in text and not _BULLET.search(f"\n{text}"):
+    if not any(mark in text for mark in _FIRST_MARKS) and not _BULLET.search(f"\n{text}"):
         return text
     while text != before:  # the only item of a list may be a list again
         before, text = text, _renumber_once(text)

@@ -208,7 +208,7 @@ def _step(model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler) -> li
     device = cache.k.device
     x_BTC = model.model(tokens_BT.to(device), positions_BT.to(device), cache.attends(positions_BT))
     x_NC, head = x_BTC.flatten(0, 1)[torch.tensor(wanted, device=device)], model.lm_head
-    logits_NV = product(x_NC, head.weight) if type(head) is nn.Linear else head(x_NC)
+    logits_NV = product(x_NC, head.weight) if isinstance(head, nn.Linear) else head(x_NC)
     chosen = iter(sampler.choose(logits_NV, [row.generator for row in rows]))
     return [[next(chosen) for _ in range(1 + len(row.drafts))] for row in rows]
 

@@ -18,10 +18,11 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
+
+from radllama.fused import linear
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK = 64  # values that share one absmax
@@ -232,11 +233,11 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:  # type: ignore[override]
         ctx.layer = layer  # not the tensors: under ZeRO-3 they come and go between forward and backward
-        return F.linear(x, layer.dequantize(x.dtype))
+        return linear(x, layer.dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return linear(grad, ctx.layer.dequantize(grad.dtype).T), None
 
 
 def quantize_values(values: Tensor, quant_type: QuantType) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radllama import quant
+from radllama.fused import linear
 from radllama.quant import BLOCK, NESTED_BLOCK, STATE_KEY, Linear4bit, QuantType
 
 # QLoRA's table (arXiv 2305.14314, appendix E), and the 4-bit floats (sign, two exponent bits, one mantissa bit).
@@ -69,10 +70,12 @@ def check_layer(layer: Linear4bit, dtype: torch.dtype = torch.float32) -> None:
     weight = layer.dequantize(dtype).requires_grad_()
     expected = F.linear(x, weight)
     (grad,) = torch.autograd.grad(expected, x, cotangent)
+    exact = linear(x.detach(), weight.detach())
     y = layer(x)
     y.backward(cotangent)
     assert y.dtype == dtype
-    assert torch.equal(y, expected)
+    assert torch.equal(y, exact)
+    torch.testing.assert_close(y, expected)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, grad)
     assert not layer.weight.requires_grad

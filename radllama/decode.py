@@ -31,7 +31,7 @@ from radllama.model import Attend, Llama, LlamaConfig, lower_right_mask
 from radllama.quant import Linear4bit, kept
 from radllama.screen import Screen, can_screen, product
 
-FILL_TOKENS = 2048  # of a pass that only fills the cache; 256 to 4096 measured alike on a CPU
+FILL_TOKENS = 1024  # of a pass that only fills the cache; 256 and 2048 took a twentieth longer on a CPU
 # Tokens that cost a pass little more than one does, as long as reading the weights takes longer than computing:
 # drafts never make a pass wider than this.
 WIDTH = {"cpu": 16, "cuda": 128}

@@ -263,8 +263,12 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_product(x: Tensor, packed: Tensor) -> Tensor:
     """x W^T of a packed W."""
+    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    rows = len(x)
+    if 0 < rows < 3:  # which take 1.4 times as long as four do
+        x = F.pad(x, (0, 0, 0, 4 - rows))
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return result
+    return result[:rows].view(*shape, result.shape[1])
 
 
 class _FrozenMatmul(torch.autograd.Function):

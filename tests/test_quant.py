@@ -448,10 +448,10 @@ def test_rows_by_parts_are_the_whole_bit_for_bit(quant_type: QuantType, double_q
         next(layer.dequantized_rows(dtype, 100))
 
 
-@pytest.mark.parametrize("shape", [(0, 192), (1, 192), (2, 3, 192), (40, 192)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 192), (1, 192), (2, 1, 192), (2, 3, 192), (40, 192)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_gives_the_plain_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    layer = Linear4bit.from_weight(torch.randn(130, 192, generator=torch.Generator().manual_seed(0)))
+    layer = Linear4bit.from_weight(torch.randn(130, 192, generator=torch.Generator().manual_seed(0)) * 0.1)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = layer(x)
     with kept(layer, dtype, packed=True):
@@ -462,7 +462,7 @@ def test_a_packed_weight_gives_the_plain_product(shape: tuple[int, ...], dtype: 
         if dtype == torch.float32 and can_pack(x):
             layer._packed = pack(2 * layer.dequantize(dtype))
             torch.testing.assert_close(layer(x), 2 * expected)  # and it is the packed one that is used
-            torch.testing.assert_close(layer(x.bfloat16()).float(), expected, atol=0.2, rtol=0.1)  # for its dtype alone
+            torch.testing.assert_close(layer(x.bfloat16()).float(), expected, atol=0.1, rtol=0.1)  # for its dtype alone
     assert layer._packed is None
     assert torch.equal(layer(x), expected)
 

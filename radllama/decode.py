@@ -137,7 +137,7 @@ def decode(
         length = max(map(len, prompts)) + max_new_tokens + draft_tokens  # where short drafts are padded, too
         cache = KVCache(model.config, slots, length, weight.device, weight.dtype)
         shared = shared_prefix(prompts)
-        cache.fill(model, [(0, 0, prompts[0][:shared])])
+        cache.fill(model, [Piece(0, 0, prompts[0][:shared])])
         cache.copy(0, list(range(1, slots)), shared)
         screen = _screen(model) if greedy and len(waiting) * max_new_tokens >= SCREEN_FROM else None
         rows: list[Row] = []
@@ -174,17 +174,27 @@ def _rows(prompts: Sequence[list[int]], seeds: Sequence[int], *, merge: bool) ->
     return list(rows.values())
 
 
-def shared_prefix(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; at least one token of each is left over."""
+def shared_prefix(prompts: Sequence[list[int]], left_over: int = 1) -> int:
+    """How many tokens all prompts begin with; at least `left_over` tokens of each are not counted."""
     first, last = min(prompts), max(prompts)  # the two that differ earliest
-    most = min(map(len, prompts)) - 1
+    most = min(map(len, prompts)) - left_over
     return next((n for n in range(most) if first[n] != last[n]), most)
+
+
+@dataclass
+class Piece:
+    """Tokens for the cache: `slot` holds `start` tokens before them, or takes these from `source`."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    source: int | None = None  # a slot that is filled in the same pass, by a piece before this one, or earlier
 
 
 def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared: int) -> None:
     """Give each new row the next slot and fill its part of the cache, all but the prompt's last token."""
     held = {tuple(row.text[: row.prompt_length]): slot for slot, row in enumerate(rows)}
-    pieces: list[tuple[int, int, list[int]]] = []
+    fresh: list[tuple[list[int], int]] = []
     copies: list[tuple[int, int, int]] = []
     for row in new:
         slot, key = len(rows), tuple(row.text)
@@ -193,11 +203,20 @@ def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared
             copies.append((held[key], slot, len(key) - 1))
             continue
         held[key] = slot
-        pieces.append((slot, shared, row.text[shared:-1]))
+        fresh.append((row.text[:-1], slot))
+    pieces: list[Piece] = []
+    last: list[int] = []
+    for text, slot in sorted(fresh):  # side by side stand those that begin alike
+        start = shared_prefix([last, text], left_over=0)
+        if start > shared:
+            pieces.append(Piece(slot, start, text[start:], source=pieces[-1].slot))
+        else:
+            pieces.append(Piece(slot, shared, text[shared:]))
+        last = text
     while pieces:
-        count, size = 1, len(pieces[0][2])
-        while count < len(pieces) and size + len(pieces[count][2]) <= FILL_TOKENS:
-            size += len(pieces[count][2])
+        count, size = 1, len(pieces[0].tokens)
+        while count < len(pieces) and size + len(pieces[count].tokens) <= FILL_TOKENS:
+            size += len(pieces[count].tokens)
             count += 1
         cache.fill(model, pieces[:count])
         del pieces[:count]
@@ -287,28 +306,36 @@ class KVCache:
 
         return [partial(attend, layer=layer) for layer in range(len(self.k))]
 
-    def fill(self, model: Llama, pieces: list[tuple[int, int, list[int]]]) -> None:
-        """Store tokens: (slot, start, tokens that follow the `start` ones it holds) each, packed in one row."""
-        pieces = [piece for piece in pieces if piece[2]]
-        if not pieces:
-            return
+    def fill(self, model: Llama, pieces: list[Piece]) -> None:
+        """Store the pieces' tokens, packed in one row. A piece's source stands before it."""
         device = self.k.device
-        lengths = [len(tokens) for _, _, tokens in pieces]
-        tokens_1T = torch.tensor([token for _, _, tokens in pieces for token in tokens], device=device)[None]
-        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, start, tokens in pieces]).to(device)
-        slots = torch.tensor([slot for slot, _, tokens in pieces for _ in tokens], device=device)
+        lengths = [len(piece.tokens) for piece in pieces]
+        if not any(lengths):
+            for piece in pieces:
+                if piece.source is not None:
+                    self.copy(piece.source, [piece.slot], piece.start)
+            return
+        tokens_1T = torch.tensor([token for piece in pieces for token in piece.tokens], device=device)[None]
+        positions = torch.cat([piece.start + torch.arange(len(piece.tokens)) for piece in pieces]).to(device)
+        slots = torch.tensor([piece.slot for piece in pieces for _ in piece.tokens], device=device)
 
         def attend(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, layer: int) -> Tensor:
             k, v = self.k[layer], self.v[layer]
             k[slots, :, positions] = k_1KTD[0].transpose(0, 1)
             v[slots, :, positions] = v_1KTD[0].transpose(0, 1)
+            for piece in pieces:
+                if piece.source is not None:
+                    k[piece.slot, :, : piece.start] = k[piece.source, :, : piece.start]
+                    v[piece.slot, :, : piece.start] = v[piece.source, :, : piece.start]
             if layer == len(self.k) - 1:
                 return q_1HTD  # of no token: what comes of the last layer is not wanted
             outputs = []
-            for q, (slot, start, tokens) in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
-                end = start + len(tokens)
-                sees = lower_right_mask(len(tokens), end, device)
-                keys, values = k[slot : slot + 1, :, :end], v[slot : slot + 1, :, :end]
+            for q, piece in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
+                if not piece.tokens:  # all of them are its source's
+                    continue
+                end = piece.start + len(piece.tokens)
+                sees = lower_right_mask(len(piece.tokens), end, device)
+                keys, values = k[piece.slot, None, :, :end], v[piece.slot, None, :, :end]
                 outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=sees, enable_gqa=True))
             return torch.cat(outputs, dim=2)
 

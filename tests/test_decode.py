@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -30,12 +31,12 @@ def model() -> Llama:
 
 
 def prompts(count: int = 9, prefix: int = 0) -> list[list[int]]:
-    """Of unequal lengths; all begin with the same `prefix` tokens; the last one stands twice."""
+    """Of unequal lengths; all begin with the same `prefix` tokens, some with another one; the last one stands twice."""
     draw = torch.Generator().manual_seed(1)
     head = torch.randint(0, 64, (prefix,), generator=draw).tolist()
     lengths = torch.randint(1, 30, (count,), generator=draw).tolist()
     rows = [head + torch.randint(0, 64, (length,), generator=draw).tolist() for length in lengths]
-    return [*rows, list(rows[-1])]
+    return [*rows, rows[0] + [5, 6], rows[0] + [5, 7, 8], [*rows[0][:-1], 9], rows[0] + [5], list(rows[-1])]
 
 
 def copying_llama() -> Llama:
@@ -86,6 +87,21 @@ def test_drafts_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[1] < 0.8 * counts[0]
 
 
+@pytest.mark.parametrize("prefix", [0, 7])
+def test_what_prompts_begin_with_is_computed_once(monkeypatch: pytest.MonkeyPatch, prefix: int) -> None:
+    filled: list[tuple[int, ...]] = []
+    fill = KVCache.fill
+
+    def count(self: KVCache, model: Llama, pieces: list[Any]) -> None:
+        filled.extend(tuple(piece.tokens) for piece in pieces)
+        fill(self, model, pieces)
+
+    monkeypatch.setattr(KVCache, "fill", count)
+    check("random", prefix, True)
+    rows = prompts(prefix=prefix)
+    assert sum(map(len, filled)) == len({tuple(row[:end]) for row in rows for end in range(1, len(row))})
+
+
 def test_a_corpus_gives_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model will write, told beforehand, spares most passes; nonsense spares none and changes nothing."""
     _, _, expected = case("random", 7, True)
@@ -124,12 +140,23 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
             [*row.drafts, chosen[-1]] for row, chosen in zip(rows, step(model, cache, rows, *rest), strict=True)
         ],
     ),
-    "the shared prefix is a token too long": (decode_module, "shared_prefix", lambda rows: shared_prefix(rows) + 1),
+    "the shared prefix is a token too long": (
+        decode_module,
+        "shared_prefix",
+        lambda rows, left_over=1: shared_prefix(rows, left_over) + left_over,
+    ),
     "a prompt's last token is filled in as well": (
         KVCache,
         "fill",
         lambda self, model, pieces, fill=KVCache.fill: fill(
-            self, model, [(slot, start + (start > 0), tokens) for slot, start, tokens in pieces]
+            self, model, [replace(piece, start=piece.start + (piece.start > 0)) for piece in pieces]
+        ),
+    ),
+    "a prompt's beginning is left where it was computed": (
+        KVCache,
+        "fill",
+        lambda self, model, pieces, fill=KVCache.fill: fill(
+            self, model, [replace(piece, source=None) for piece in pieces]
         ),
     ),
 }
@@ -139,8 +166,13 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
 def test_broken_decoding_is_noticed(monkeypatch: pytest.MonkeyPatch, mutation: tuple[Any, str, Any]) -> None:
     case("copying", 7, True)  # the expected outputs are made before anything is broken
     monkeypatch.setattr(*mutation)
+
+    def check_both() -> None:  # one row at a time meets other rows' places, all at once each other's beginnings
+        for batch_size in (3, 64):
+            check("copying", 7, True, batch_size=batch_size)
+
     with pytest.raises((AssertionError, RuntimeError)):
-        check("copying", 7, True, batch_size=3)
+        check_both()
 
 
 def test_the_prefix_that_all_prompts_share() -> None:

@@ -1,6 +1,6 @@
 """Decoding many prompts: nothing computed twice, a batch that stays full, drafts that the model confirms.
 
-    prompts      the tokens that all share (the instruction) are computed once, those of equal prompts too
+    prompts      what several begin with (all with the instruction) is computed once; equal prompts are, as a whole
     prefill      packed, without padding; the head runs for no token of it
     batch        a finished row's place goes to a waiting prompt; keys and values stay in one buffer of fixed size
     drafts       greedy only: guessed tokens (draft.py) are tried, several in one pass; kept is what the model would

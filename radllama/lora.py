@@ -80,6 +80,10 @@ class LoRALinear(nn.Module):
         """W (out, in); a 4-bit base's is de-quantised to `dtype`."""
         return self.base.dequantize(dtype) if isinstance(self.base, Linear4bit) else self.base.weight.detach()
 
+    def base_product(self, x: Tensor) -> Tensor:
+        """x W^T, without gradients and without the hooks of the base: what ZeRO-3 gathers, the whole layer has."""
+        return self.base.product(x) if isinstance(self.base, Linear4bit) else linear(x, self.base.weight.detach())
+
     def merged_weight(self) -> Tensor:
         """W + scaling * B A (out, in) in the adapter's dtype, summed in fp32; a 4-bit base is de-quantised first."""
         weight = self.base_weight(torch.float32)
@@ -100,7 +104,7 @@ class _SharedInput(torch.autograd.Function):
         inner_NR = linear(x_NC, torch.cat(lora_A))
         outputs = []
         for layer, inner, lora_B in zip(layers, _by_layer(inner_NR, lora_A), factors[1::2], strict=True):
-            y_NO = linear(x_NC, layer.base_weight(x.dtype))
+            y_NO = layer.base_product(x_NC)
             y_NO.addmm_(inner, lora_B.T, alpha=layer.scaling)
             outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[1]))  # not -1: x may have no rows
         ctx.layers = layers  # and not W: under ZeRO-3 it comes and goes between forward and backward

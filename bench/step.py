@@ -85,8 +85,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
 def ours(folder: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[list[Any]], Tensor]]:
     from radllama.checkpoint import load_model
     from radllama.data import Row, pack
+    from radllama.heap import keep_freed_memory
     from radllama.lora import load_adapter
-    from radllama.run import keep_freed_memory
 
     model = load_model(folder / "base", quantize="nf4" if method == "qlora" else None, dtype=dtype)
     if method == "qlora":

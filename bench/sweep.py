@@ -26,10 +26,10 @@ from step import SHAPE, memory
 
 from radllama.build import random_model
 from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples
+from radllama.heap import keep_freed_memory
 from radllama.lora import add_lora, lora_parameters, replace_layer
 from radllama.model import LlamaConfig
 from radllama.quant import Linear4bit
-from radllama.run import keep_freed_memory
 from radllama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

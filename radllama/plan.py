@@ -3,8 +3,7 @@
     python -m radllama.plan --config C --gpus 8 --gpu-memory 80GB [--shape llama3-70b] [--json]
 
 The model's part comes from a dry run of the real code (dry_run.py), DeepSpeed's from its source (zero.py). A few
-constants remain, below. Those of a CPU are fitted by bench/plan.py on full fine-tuning; LoRA takes more there than is
-said here, for a reason not found yet. Those of a GPU are estimates.
+constants remain, below. Those of a CPU are fitted to bench/plan.py's measurements; those of a GPU are estimates.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ GB = 2**30
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
 # A CPU: the process itself (threads, modules that DeepSpeed imports late, reports) above its first imports, and by how
 # much the heap is larger than its tensors. Fitted on the calibration set of bench/plan.py.
-PROCESS, FRAGMENTED = 0.06 * GB, 0.2
+PROCESS, HOLES = 0.06 * GB, 0.14
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7
@@ -138,15 +137,15 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         "working memory of the passes": passed.peak - passed.kept,
     }
     phases = {"forward and backward": added(base, before, passes)}
-    held = {"heap that malloc holds": passed.retained}
-    phases |= {name: added(base, held, parts) for name, parts in phases_of_step(job, zero).items()}
+    phases |= {name: added(base, parts) for name, parts in phases_of_step(job, zero).items()}
     stays = sum(base.values())
+    loaded = stays - base.get("ZeRO-3's gathered weights", 0)  # before the heap of a CPU (heap.py) begins
     for parts in phases.values():
         if machine.device == "cuda":
             parts["CUDA context and NCCL"] = int(CONTEXT + (NCCL if machine.ranks > 1 else 0))
             parts["fragmentation (estimate)"] = int(FRAGMENTATION * (sum(parts.values()) - stays))
         else:
-            parts["process and fragmentation"] = int(PROCESS + FRAGMENTED * passed.retained)
+            parts["process and holes"] = int(PROCESS + HOLES * (sum(parts.values()) - loaded))
             for key, size in host.items():  # the host is the device
                 parts[key] = parts.get(key, 0) + size
     on_host = {key: size * machine.ranks for key, size in host.items()} if machine.device == "cuda" else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import logging
@@ -25,7 +24,6 @@ from radllama.files import replace_text
 
 logger = logging.getLogger("radllama")
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 CONFIG_FILE, METRICS_FILE, LOCK_FILE = "config.json", "metrics.jsonl", ".lock"
 PATIENCE = 10.0  # seconds: the ranks of a run whose launcher was killed are gone by then
 
@@ -167,17 +165,6 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the tensors to come. Big blocks go back to the system otherwise, and
-    come again page by page, zeroed: 5 % of a step on a CPU. Does nothing where the C library is not glibc."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)  # no block of its own for any allocation: all come from the heap
-    mallopt(_M_TRIM_THRESHOLD, -1)  # whose end is never given back
 
 
 class PeakMemory:

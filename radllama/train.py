@@ -52,6 +52,7 @@ from radllama.data import (
     spread,
 )
 from radllama.guard import Guard, mean_losses
+from radllama.heap import keep_freed_memory, return_freed_memory
 from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import kept
@@ -63,7 +64,6 @@ from radllama.run import (
     TrainingError,
     claim_run_folder,
     draw_losses,
-    keep_freed_memory,
     show,
     write_config,
     writing,
@@ -146,7 +146,7 @@ def prepare(
     model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
     engine, guard = start_engine(config, model, place)
     if place.device.type == "cpu":
-        keep_freed_memory()
+        return_freed_memory()
     return Run(config, place, folder, engine, tokenizer, prompt, source, watch, guard), training, validation
 
 
@@ -210,6 +210,8 @@ class Run:
             loss /= supervised
             fault = self.guard.judge(loss)  # a bad step leaves weights and moments as they are
             engine.step()
+            if step == first and place.device.type == "cpu":
+                keep_freed_memory()  # the optimizer's moments are there now
             norm = engine.get_global_grad_norm()
             fault = fault or self.guard.judge_gradient(norm, scaled=place.dtype == torch.float16)
             if fault is not None:
@@ -449,10 +451,12 @@ def start_engine(config: Config, model: Llama, place: Place) -> tuple[Any, Guard
     """DeepSpeed's engine around the model, only trainable parameters in the optimizer; what keeps it from bad steps."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = deepspeed_settings(config, place)
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
+    # DeepSpeed takes this many elements whether or not there are as many gradients: 1 GB in bf16 for any adapter.
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(count, 500_000_000))
     optimizer = build_optimizer(config, trainable, settings)
     guard = Guard(config.training, optimizer, gradients_of=[] if settings["zero_optimization"]["stage"] else trainable)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trainable, config=settings)
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     logger.info(
         "%s: %s trainable parameters, ZeRO stage %d", config.method, f"{count:,}", engine.zero_optimization_stage()
     )

@@ -36,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watch": {"run"},
     "reshard": {"config"},
     "resume": {"config", "files", "reshard", "run"},
+    "heap": set(),
     "guard": {"config", "data", "files", "run"},
     "train": {
-        *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "lora", "model"},
-        *{"quant", "resume", "run", "tokenizer", "watch"},
+        *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "heap", "lora"},
+        *{"model", "quant", "resume", "run", "tokenizer", "watch"},
     },
     # A dry run of the real modules and the job's own packs: no second account of either that could go stale.
     "dry_run": {"config", "lora", "model", "quant"},

@@ -78,8 +78,6 @@ CALIBRATION = [
     Case("qlora", 2, batch=16),
     Case("lora", 1, ranks=2, batch=20, accumulation=2, checkpointing="on"),
     Case("full", 3, ranks=2, batch=12),
-]
-HELD_OUT = [
     Case("full", 2, batch=16),
     Case("full", 1, accumulation=2, batch=16, checkpointing="on"),
     Case("full", 2, ranks=2, accumulation=2, batch=32),
@@ -92,6 +90,18 @@ HELD_OUT = [
     Case("qlora", 1, batch=24),
     Case("qlora", 2, ranks=2, batch=16),
     Case("qlora", 3, ranks=2, batch=8, checkpointing="on"),
+]
+HELD_OUT = [
+    Case("full", 1, batch=12),
+    Case("full", 0, ranks=2, batch=12),
+    Case("full", 2, ranks=2, batch=24),
+    Case("full", 3, ranks=2, accumulation=2, batch=16),
+    Case("full", 1, dtype="bfloat16", batch=12, checkpointing="on"),
+    Case("lora", 1, ranks=2, batch=16),
+    Case("lora", 3, ranks=2, batch=8, checkpointing="on"),
+    Case("qlora", 1, batch=16, accumulation=2),
+    Case("qlora", 2, batch=12, checkpointing="on"),
+    Case("qlora", 3, ranks=2, batch=12),
 ]
 
 

@@ -4,8 +4,8 @@
     python bench/plan.py --table                            # the README's table: computed, nothing is run
 
 Measured: the most anonymous memory (RssAnon) of a training process, the largest rank's, above what it held after its
-imports, from the start of train() to the end of its second step. Predicted: `radllama.plan` on the same config. The
-constants of a CPU in plan.py (PROCESS, RETAINED) were fitted on the calibration set alone.
+imports, from the start of train() to the end of its third step. Predicted: `radllama.plan` on the same config. The
+constants of a CPU in plan.py (PROCESS, HOLES) were fitted on the calibration set alone.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ CALIBRATION = [
     Case("full", 2, ranks=2, batch=16, checkpointing="on"),
     Case("lora", 1, batch=12),
     Case("qlora", 1, batch=8, checkpointing="on"),
+    Case("qlora", 2, batch=16),
+    Case("lora", 1, ranks=2, batch=20, accumulation=2, checkpointing="on"),
+    Case("full", 3, ranks=2, batch=12),
 ]
 HELD_OUT = [
     Case("full", 2, batch=16),
@@ -157,8 +160,8 @@ def measure(case: Case, config: Path, output: Path) -> float:
     ]
     try:
         base = [baseline(rank) for rank in ranks]
-        peaks, metrics, deadline = [0] * len(ranks), output / "metrics.jsonl", time.monotonic() + 220
-        while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
+        peaks, metrics, deadline = [0] * len(ranks), output / "metrics.jsonl", time.monotonic() + 500
+        while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 3:
             for _ in range(20):
                 peaks = [max(peak, anonymous(rank.pid)) for peak, rank in zip(peaks, ranks, strict=True)]
                 time.sleep(0.002)

@@ -22,8 +22,6 @@ from radllama.lora import ALL_LINEAR, add_lora, replace_layer
 from radllama.model import Attend, Llama, LlamaConfig
 from radllama.quant import Linear4bit
 
-MMAP_THRESHOLD = 32 * 2**20  # glibc's largest: freed tensors above it go back to the system at once
-
 
 @dataclass(frozen=True)
 class PackShape:
@@ -44,25 +42,19 @@ class Pass:
 
     kept: int  # by the end of the forward pass: what the backward pass will read
     peak: int
-    retained: int  # of this, what the heap does not give back afterwards
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of all meta tensors that came up under it and live, and the most so far; a model's own do not count.
+    """Bytes of all meta tensors that came up under it and live, and the most so far; a model's own do not count."""
 
-    Tensors below `heap` bytes are counted apart: on a CPU malloc takes them from a heap that never shrinks again.
-    """
-
-    def __init__(self, model: nn.Module, heap: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.heap = heap
-        self.live, self.peak = [0, 0], [0, 0]  # below `heap`, above
+        self.live = self.peak = 0
         self._known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-    def add(self, size: int, *, small: bool = False) -> None:
-        where = 0 if small else 1
-        self.live[where] += size
-        self.peak[where] = max(self.peak[where], self.live[where])
+    def add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -72,13 +64,13 @@ class Ledger(TorchDispatchMode):
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self._known:
                     self._known.add(key)
-                    self.add(size, small=size < self.heap)
+                    self.add(size)
                     weakref.finalize(storage, self._free, key, size)
         return out
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.live[0 if size < self.heap else 1] -= size
+        self.live -= size
 
 
 class AttentionKernel(torch.autograd.Function):
@@ -166,13 +158,13 @@ def micro_step(
     model.model.gradient_checkpointing = checkpointing
     tokens = torch.zeros(1, shape.tokens, dtype=torch.long, device="meta")
     labels = torch.zeros(shape.labels, dtype=torch.long, device="meta")
-    ledger = Ledger(model, MMAP_THRESHOLD if device == "cpu" else 0)
+    ledger = Ledger(model)
     missing = layers - model.config.num_hidden_layers
-    before: list[list[int]] = []  # live bytes at the middle layer's and the last one's start
+    before: list[int] = []  # live bytes at the middle layer's and the last one's start
 
     def stand_in(sign: int) -> None:
-        for small, start, end in zip((True, False), *before, strict=True):
-            ledger.add(sign * missing * (end - start), small=small)
+        start, end = before
+        ledger.add(sign * missing * (end - start))
 
     def passed_backward() -> None:
         stand_in(-1)
@@ -181,7 +173,7 @@ def micro_step(
     def begins(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(before) == 2:  # checkpointing runs a layer again
             return arguments
-        before.append(list(ledger.live))
+        before.append(ledger.live)
         if len(before) == 2:
             stand_in(1)
             return arguments
@@ -199,11 +191,11 @@ def micro_step(
         losses = model(
             tokens, positions=tokens, segments=torch.tensor(shape.segments), label_positions=labels, labels=labels
         )
-        kept = sum(ledger.live)
+        kept = ledger.live
         losses.sum().backward()
     for hook in hooks:
         hook.remove()
-    return Pass(kept, sum(ledger.peak), ledger.peak[0])
+    return Pass(kept, ledger.peak)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from radllama.data import (
     spread,
 )
 from radllama.guard import Guard, mean_losses
-from radllama.heap import keep_freed_memory
+from radllama.heap import keep_freed_memory, return_freed_memory
 from radllama.lora import lora_parameters, save_adapter
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import kept
@@ -146,7 +146,7 @@ def prepare(
     model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
     engine, guard = start_engine(config, model, place)
     if place.device.type == "cpu":
-        keep_freed_memory()
+        return_freed_memory()
     return Run(config, place, folder, engine, tokenizer, prompt, source, watch, guard), training, validation
 
 
@@ -210,6 +210,8 @@ class Run:
             loss /= supervised
             fault = self.guard.judge(loss)  # a bad step leaves weights and moments as they are
             engine.step()
+            if step == first and place.device.type == "cpu":
+                keep_freed_memory()  # the optimizer's moments are there now
             norm = engine.get_global_grad_norm()
             fault = fault or self.guard.judge_gradient(norm, scaled=place.dtype == torch.float16)
             if fault is not None:

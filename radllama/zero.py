@@ -1,7 +1,7 @@
 """DeepSpeed's memory: what ZeRO holds, gathers and copies in a step, as arithmetic over DeepSpeed 0.19.8's own source.
 
 Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py and parameter_offload.py. All in bytes of one
-rank. On a CPU memory counts once it is written to, on a GPU once it is allocated.
+rank. On a CPU what is allocated before the first step counts once it is written to, all else once it is allocated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from radllama.config import Config
 from radllama.dry_run import Weight
 
+BUCKET = 500_000_000  # elements: DeepSpeed's default
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -24,7 +26,7 @@ class Zero:
     stage: int
     offload_optimizer: str
     offload_param: str
-    reduce_bucket: int
+    reduce_bucket: int  # 0: as many elements as there are gradients
     overlap: bool
     prefetch: int
     persistence: int
@@ -48,7 +50,7 @@ class Zero:
             stage=stage,
             offload_optimizer=device("offload_optimizer"),
             offload_param=device("offload_param"),
-            reduce_bucket=number("reduce_bucket_size", 5e8),
+            reduce_bucket=number("reduce_bucket_size", 0),
             overlap=stage == 3 if overlap is None else bool(overlap),
             prefetch=number("stage3_prefetch_bucket_size", 5e7),
             persistence=number("stage3_param_persistence_threshold", 1e5),
@@ -106,7 +108,9 @@ class Training:
         return math.ceil(self.numel / self.ranks)
 
     def bucket(self, zero: Zero) -> int:
-        """Elements of the reduce bucket; on a CPU only what is written to takes memory."""
+        """Elements of the reduce bucket, as `train.start_engine` sets it; on a CPU those that are written to."""
+        if not zero.reduce_bucket:
+            return min(self.numel, BUCKET)
         return min(zero.reduce_bucket, self.numel) if self.device == "cpu" else zero.reduce_bucket
 
 
@@ -149,19 +153,14 @@ def gradients_before(job: Training, zero: Zero) -> tuple[dict[str, int], Callabl
         return {}, lambda numel: 0  # into buffers that are there already
     if zero.stage == 0:
         return ({"gradients": b * N}, lambda numel: 0) if several else ({}, lambda numel: b * numel)
-    held = {}
-    bucket = b * job.bucket(zero)
-    touched = job.device == "cpu" and zero.reduce_bucket >= N  # the bucket fills up as gradients are finished
-    if not touched:
-        held["DeepSpeed's buckets"] = bucket * (2 if zero.overlap else 1)
-        if zero.offload_optimizer == "none":
-            held["gradients"] = b * job.part  # grads_in_partition
+    held = {"DeepSpeed's buckets": b * job.bucket(zero) * (2 if zero.overlap else 1)}
+    if job.bucket(zero) < N and zero.offload_optimizer == "none":  # else nothing is reduced before the pass is over
+        held["gradients"] = b * job.part  # grads_in_partition
     if several and zero.offload_optimizer == "none":
         held["gradients"] = held.get("gradients", 0) + b * (N if zero.stage == 1 else job.part)
     elif several and zero.stage == 1:
         held["gradients"] = b * N
-    moves = touched and not (several and zero.stage == 1)  # there a gradient moves into the bucket: nothing is added
-    return held, (lambda numel: b * numel) if moves else (lambda numel: 0)
+    return held, lambda numel: 0  # a gradient moves into the bucket
 
 
 def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
@@ -171,7 +170,7 @@ def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
     denominators = 0 if offloaded or job.optimizer != "adamw" else 2 if job.device == "cpu" else 1  # foreach on a GPU
     if zero.stage == 0:
         work = {"optimizer's working memory": 4 * denominators * (job.largest if job.device == "cpu" else N)}
-        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, 500_000_000) if job.ranks > 1 else 0}
+        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, BUCKET) if job.ranks > 1 else 0}
         return {"gradient reduction": copies, "optimizer step": {"gradients": b * N} | work}
     if zero.stage == 3:
         group = min(n, zero.sub_group)

@@ -1,14 +1,15 @@
 """Greedy impressions for 64 reports against transformers + bitsandbytes, in turn on the same prompts.
 
-    python bench/generate.py [--pairs data/indiana/test.jsonl] [--learn 30] [--work runs/bench-generate]
+    python bench/generate.py [--pairs data/indiana/test.jsonl] [--learn 30] [--corpus data/indiana/train.jsonl]
 
 A Llama of 220 M parameters (hidden 1024, 8 layers, 16 heads, 4 of keys, intermediate 2816, 128,256 tokens, tied) in NF4
 with double quantisation; Llama 3's tokenizer. With `--learn N` it learns the reports of the benchmark by heart first
-(N passes, minutes; kept in the work folder: it holds what it learnt from), so that it writes real impressions and stops
+(N passes, minutes; kept in `--work`: it holds what it learnt from), so that it writes real impressions and stops
 where they end. Without, its weights are random, and a report's output ends where it is as long as the report's own
 impression; ours then guesses no drafts, which random weights would confirm far too often. Contestants:
 
-    ours     radllama.decode.generate
+    ours     radllama.decode.generate; with `--corpus` it takes drafts from the impressions of the training part, too,
+             which lies beside the reports of the benchmark and holds none of them
     exact    model.generate(do_sample=False), the same stop ids, prompts sorted by length, its best batch size
     rounded  the same with the fused AVX512-BF16 kernels that bitsandbytes takes by itself on CPUs that have them: they
              round activations to bf16, whatever the compute dtype, so its texts may differ
@@ -42,6 +43,7 @@ from radllama import decode
 from radllama.checkpoint import load_model, save_model
 from radllama.data import INSTRUCTIONS, Example, Prompt, Row, pack, read_examples
 from radllama.decode import generate
+from radllama.generate import responses
 from radllama.model import Llama, LlamaConfig
 from radllama.tokenizer import Tokenizer
 
@@ -134,9 +136,13 @@ class AtLength(transformers.StoppingCriteria):  # type: ignore[misc]
         return input_ids.shape[1] >= self.lengths
 
 
-def ours(model: Llama, prompts: list[list[int]], work: Work, batch_size: int) -> list[list[int]]:
+def ours(
+    model: Llama, prompts: list[list[int]], work: Work, batch_size: int, corpus: list[list[int]]
+) -> list[list[int]]:
     if work.stop_ids:
-        return generate(model, prompts, stop_ids=work.stop_ids, max_new_tokens=max(work.lengths), batch_size=batch_size)
+        return generate(
+            model, prompts, stop_ids=work.stop_ids, max_new_tokens=max(work.lengths), batch_size=batch_size,
+            corpus=corpus)  # fmt: skip
     wanted = {tuple(prompt): length for prompt, length in zip(prompts, work.lengths, strict=True)}
     plain = decode._accept
 
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32, 64], help="the peers'")
     parser.add_argument("--our-batch-size", type=int, default=64)
+    parser.add_argument("--corpus", type=Path, help="training pairs whose impressions ours takes drafts from, too")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer: to try the script")
@@ -209,11 +216,14 @@ def main() -> None:
     else:
         work = Work([], [min(most, length) for length in impressions])
 
+    known = read_examples(options.corpus) if options.corpus else []
+    assert not {e.id for e in known} & {e.id for e in examples}, "--corpus holds reports of the benchmark"
+    corpus = responses(tokenizer, prompt, known)
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     model = load_model(folder, quantize="nf4", dtype=torch.float32)
-    contestants: dict[str, Contestant] = {"ours": lambda: ours(model, prompts, work, options.our_batch_size)}
+    contestants: dict[str, Contestant] = {"ours": lambda: ours(model, prompts, work, options.our_batch_size, corpus)}
     short = Work(work.stop_ids, [2, 2])
-    ours(model, prompts[:2], short, 2)
+    ours(model, prompts[:2], short, 2, corpus)
     for name in ("exact", "rounded") if has_avx512bf16() else ("exact",):
         theirs, seconds = peer(folder, rounded=name == "rounded"), {}
         peer_generate(theirs, prompts[:2], short, 2)

@@ -348,9 +348,9 @@ def _clause(tokens: list[Token]) -> list[Item]:
 
 
 @lru_cache(maxsize=100_000)
-def _parse(sentence: str) -> tuple[Item, ...]:
-    """The items of one lower-case sentence, spans relative to it."""
-    tokens = tokens_of(sentence)
+def items_in(sentence: str) -> tuple[Item, ...]:
+    """The items of one sentence, spans relative to it."""
+    tokens = tokens_of(lower(sentence))
     items: list[Item] = []
     start = 0
     for i in [*(i for i, t in enumerate(tokens) if t.kind == "but"), len(tokens)]:
@@ -360,13 +360,17 @@ def _parse(sentence: str) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def is_loose(item: Item) -> bool:
+    """Whether it says a size or a change of nothing."""
+    return bool(item.numbers or item.change) and not (item.concept or item.organ or item.side)
+
+
 def items_of(text: str) -> list[tuple[int, int, Item]]:
     """The items of a text with the spans of their sentences; a size said of nothing belongs to what came before."""
     found: list[tuple[int, int, Item]] = []
-    low = lower(text)
     for start, end in sentences(text):
-        for item in _parse(low[start:end]):
-            if not (item.concept or item.organ or item.side) and found and (item.numbers or item.change):
+        for item in items_in(text[start:end]):
+            if found and is_loose(item):
                 a, b, last = found[-1]
                 if last.concept not in ("", "recommendation"):
                     more = last._replace(numbers=last.numbers + item.numbers, change=last.change or item.change)

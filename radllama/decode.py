@@ -1,23 +1,24 @@
 """Decoding many prompts: nothing computed twice, a batch that stays full, drafts that the model confirms.
 
-    prompts      the tokens that all share (the instruction) are computed once, those of equal prompts too
+    prompts      what several begin with (all with the instruction) is computed once; equal prompts are, as a whole
     prefill      packed, without padding; the head runs for no token of it
     batch        a finished row's place goes to a waiting prompt; keys and values stay in one buffer of fixed size
-    drafts       greedy only: what followed the same two tokens before (in the row, or in what was written for other
-                 prompts) is tried, several tokens in one pass; kept is what the model would have chosen anyway
-                 (prompt lookup, a form of speculative decoding: Leviathan et al. 2023, arXiv 2211.17192)
+    drafts       greedy only: guessed tokens (draft.py) are tried, several in one pass; kept is what the model would
+                 have chosen anyway
+    head         greedy only: an 8-bit copy finds the few tokens whose logits can be the largest (screen.py)
 
 `greedy_loop`, without any of it, is the oracle. Tensors carry their dimensions as suffix, as in model.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -25,13 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from radllama.draft import Drafter
+from radllama.fused import linear
 from radllama.model import Attend, Llama, LlamaConfig, lower_right_mask
 from radllama.quant import Linear4bit, kept
+from radllama.screen import Screen, can_screen
 
-FILL_TOKENS = 2048  # of a pass that only fills the cache; 256 to 4096 measured alike on a CPU
+FILL_TOKENS = 1024  # of a pass that only fills the cache; 256 and 2048 took a twentieth longer on a CPU
 # Tokens that cost a pass little more than one does, as long as reading the weights takes longer than computing:
 # drafts never make a pass wider than this.
 WIDTH = {"cpu": 16, "cuda": 128}
+GROUP = 16  # rows on a CPU that attend together, up to the longest of them: reading their keys is what takes time
+SCREEN_FROM = 32  # tokens to write, at most: making the head's 8-bit copy costs what it saves in about ten passes
 
 
 @torch.no_grad()
@@ -57,6 +63,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     batch_size: int = 64,
     draft_tokens: int = 4,
+    corpus: Iterable[list[int]] = (),
     keep_dequantized: bool | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
@@ -64,14 +71,16 @@ def generate(
 
     temperature 0 is greedy. Otherwise each prompt draws from its own generator, seeded by (seed, its place in the
     list) or by what `seeds` gives it, so that a result does not depend on the batch it was computed in.
-    draft_tokens: tried at a time, greedy only. keep_dequantized: hold the 4-bit weights de-quantised meanwhile; None:
-    where they take at most half of the free memory. Raises ValueError for an empty prompt.
+    draft_tokens: tried at a time, greedy only. corpus: token ids of texts like those to be written (the training
+    impressions, say), from which drafts are taken, too; they change no output. keep_dequantized: hold the 4-bit
+    weights de-quantised meanwhile; None: where they take at most half of the free memory. Raises ValueError for an
+    empty prompt.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     seeds = [seed_of(seed, place) for place in range(len(prompts))] if seeds is None else seeds
     finished = decode(
         model, prompts, seeds, Sampler(temperature, top_k, top_p), stop_ids=stop_ids, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, draft_tokens=draft_tokens, keep_dequantized=keep_dequantized)  # fmt: skip
+        batch_size=batch_size, draft_tokens=draft_tokens, corpus=corpus, keep_dequantized=keep_dequantized)  # fmt: skip
     for place, output in tqdm(finished, total=len(prompts), desc="generate", unit="report", disable=not progress):
         outputs[place] = output
     return outputs
@@ -107,6 +116,7 @@ def decode(
     max_new_tokens: int,
     batch_size: int = 64,
     draft_tokens: int = 4,
+    corpus: Iterable[list[int]] = (),
     keep_dequantized: bool | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (a prompt's place in the list, what follows it), each as it is finished. See `generate`."""
@@ -117,19 +127,20 @@ def decode(
     greedy = sampler.temperature == 0
     waiting = deque(_rows(prompts, seeds, merge=greedy))
     slots = min(batch_size, len(waiting))
-    drafter = Drafter(draft_tokens if greedy else 0)
+    drafter = Drafter(draft_tokens if greedy else 0, corpus)
     weight, was_training = model.model.embed_tokens.weight, model.training
     width = WIDTH["cpu" if weight.device.type == "cpu" else "cuda"]
     model.eval()
     with ExitStack() as at_end:
         at_end.callback(model.train, was_training)
         if fits_dequantized(model) if keep_dequantized is None else keep_dequantized:
-            at_end.enter_context(kept(model, weight.dtype))
+            at_end.enter_context(kept(model, weight.dtype, packed=True))
         length = max(map(len, prompts)) + max_new_tokens + draft_tokens  # where short drafts are padded, too
         cache = KVCache(model.config, slots, length, weight.device, weight.dtype)
         shared = shared_prefix(prompts)
-        cache.fill(model, [(0, 0, prompts[0][:shared])])
+        cache.fill(model, [Piece(0, 0, prompts[0][:shared])])
         cache.copy(0, list(range(1, slots)), shared)
+        screen = _screen(model) if greedy and len(waiting) * max_new_tokens >= SCREEN_FROM else None
         rows: list[Row] = []
         while waiting or rows:
             # New prompts come in several at a time: a pass for one alone costs nearly as much.
@@ -141,7 +152,7 @@ def decode(
             for row in rows:
                 left = max_new_tokens - len(row.text) + row.prompt_length
                 row.drafts = drafter.guess(row.text, min(width // len(rows), left) - 1)
-            chosen = _step(model, cache, rows, sampler)
+            chosen = _step(model, cache, rows, sampler, screen)
             for slot in reversed(range(len(rows))):
                 row = rows[slot]
                 if _accept(row, chosen[slot], drafter, stop_ids, max_new_tokens):
@@ -164,17 +175,27 @@ def _rows(prompts: Sequence[list[int]], seeds: Sequence[int], *, merge: bool) ->
     return list(rows.values())
 
 
-def shared_prefix(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; at least one token of each is left over."""
+def shared_prefix(prompts: Sequence[list[int]], left_over: int = 1) -> int:
+    """How many tokens all prompts begin with; at least `left_over` tokens of each are not counted."""
     first, last = min(prompts), max(prompts)  # the two that differ earliest
-    most = min(map(len, prompts)) - 1
+    most = min(map(len, prompts)) - left_over
     return next((n for n in range(most) if first[n] != last[n]), most)
+
+
+@dataclass
+class Piece:
+    """Tokens for the cache: `slot` holds `start` tokens before them, or takes these from `source`."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    source: int | None = None  # a slot that is filled in the same pass, by a piece before this one, or earlier
 
 
 def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared: int) -> None:
     """Give each new row the next slot and fill its part of the cache, all but the prompt's last token."""
     held = {tuple(row.text[: row.prompt_length]): slot for slot, row in enumerate(rows)}
-    pieces: list[tuple[int, int, list[int]]] = []
+    fresh: list[tuple[list[int], int]] = []
     copies: list[tuple[int, int, int]] = []
     for row in new:
         slot, key = len(rows), tuple(row.text)
@@ -183,11 +204,20 @@ def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared
             copies.append((held[key], slot, len(key) - 1))
             continue
         held[key] = slot
-        pieces.append((slot, shared, row.text[shared:-1]))
+        fresh.append((row.text[:-1], slot))
+    pieces: list[Piece] = []
+    last: list[int] = []
+    for text, slot in sorted(fresh):  # side by side stand those that begin alike
+        start = shared_prefix([last, text], left_over=0)
+        if start > shared:
+            pieces.append(Piece(slot, start, text[start:], source=pieces[-1].slot))
+        else:
+            pieces.append(Piece(slot, shared, text[shared:]))
+        last = text
     while pieces:
-        count, size = 1, len(pieces[0][2])
-        while count < len(pieces) and size + len(pieces[count][2]) <= FILL_TOKENS:
-            size += len(pieces[count][2])
+        count, size = 1, len(pieces[0].tokens)
+        while count < len(pieces) and size + len(pieces[count].tokens) <= FILL_TOKENS:
+            size += len(pieces[count].tokens)
             count += 1
         cache.fill(model, pieces[:count])
         del pieces[:count]
@@ -195,7 +225,21 @@ def _admit(model: Llama, cache: KVCache, rows: list[Row], new: list[Row], shared
         cache.copy(source, [target], length)
 
 
-def _step(model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler) -> list[list[int]]:
+def _screen(model: Llama) -> Screen | None:
+    """For the head, where there can be one and its 8-bit copy takes at most half of the free memory."""
+    head = model.lm_head
+    if (
+        not isinstance(head, nn.Linear)
+        or not can_screen(head.weight)
+        or 2 * head.weight.numel() > free_memory(head.weight)
+    ):
+        return None
+    return Screen(head.weight.detach())
+
+
+def _step(
+    model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler, screen: Screen | None = None
+) -> list[list[int]]:
     """One pass: each row's last token and its drafts in, the token that follows each of them out."""
     wide = 1 + max(len(row.drafts) for row in rows)
     tokens_BT = torch.zeros(len(rows), wide, dtype=torch.int64)
@@ -208,16 +252,12 @@ def _step(model: Llama, cache: KVCache, rows: list[Row], sampler: Sampler) -> li
     device = cache.k.device
     x_BTC = model.model(tokens_BT.to(device), positions_BT.to(device), cache.attends(positions_BT))
     x_NC, head = x_BTC.flatten(0, 1)[torch.tensor(wanted, device=device)], model.lm_head
-    logits_NV = product(x_NC, head.weight) if type(head) is nn.Linear else head(x_NC)
-    chosen = iter(sampler.choose(logits_NV, [row.generator for row in rows]))
+    if screen is not None:
+        chosen = iter(screen.argmax(x_NC).tolist())
+    else:
+        logits_NV = linear(x_NC, head.weight) if isinstance(head, nn.Linear) else head(x_NC)
+        chosen = iter(sampler.choose(logits_NV, [row.generator for row in rows]))
     return [[next(chosen) for _ in range(1 + len(row.drafts))] for row in rows]
-
-
-def product(x_NC: Tensor, weight_VC: Tensor) -> Tensor:
-    """x W^T for a large W. A few rows on a CPU go as (W x^T)^T, for which MKL does not first rearrange all of W."""
-    if x_NC.device.type != "cpu" or x_NC.dtype != torch.float32 or not 4 < len(x_NC) <= 32:
-        return F.linear(x_NC, weight_VC)
-    return (weight_VC @ x_NC.T).T.contiguous()
 
 
 def _accept(row: Row, chosen: list[int], drafter: Drafter, stop_ids: Collection[int], max_new_tokens: int) -> bool:
@@ -231,42 +271,13 @@ def _accept(row: Row, chosen: list[int], drafter: Drafter, stop_ids: Collection[
     return False
 
 
-class Drafter:
-    """Guesses the next tokens: those that followed the same two tokens in the row's prompt, else in any output so far.
-
-    An impression repeats its findings now and then, and other impressions often.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.prompts: dict[int, dict[tuple[int, int], int]] = {}  # of a row's text, by identity: a pair's end
-        self.written: dict[tuple[int, int], tuple[list[int], int]] = {}
-
-    def read(self, text: list[int]) -> None:
-        if self.most:
-            pairs = pairwise(text)
-            self.prompts[id(text)] = {pair: end for end, pair in enumerate(pairs, 2) if end < len(text)}
-
-    def append(self, text: list[int], token: int) -> None:
-        if self.most and len(text) > 1:
-            self.written[text[-2], text[-1]] = (text, len(text))
-        text.append(token)
-
-    def guess(self, text: list[int], most: int) -> list[int]:
-        if min(most, self.most) < 1 or len(text) < 2:
-            return []
-        pair = (text[-2], text[-1])
-        end = self.prompts[id(text)].get(pair)
-        source, start = (text, end) if end is not None else self.written.get(pair, (text, len(text)))
-        return source[start : start + min(most, self.most)]
-
-
 class KVCache:
     """Keys and values of the tokens so far: (layers, slots, K, S, D) each; a slot holds a row, filled from the left."""
 
     def __init__(self, config: LlamaConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.group = config.num_attention_heads // config.num_key_value_heads
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.k, self.v = (_zeros(shape, device, dtype) for _ in range(2))
 
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Give the slots `targets` the first `length` tokens of another."""
@@ -277,44 +288,59 @@ class KVCache:
         """One a layer, for the first B slots: store the keys and values of `positions` (on the CPU), attend to all up
         to each token. A query head's group is laid along the queries: one key head serves it without being repeated."""
         B, T = positions_BT.shape
-        longest = int(positions_BT.max()) + 1
+        ends = (positions_BT.max(1).values + 1).tolist()
         positions_BT = positions_BT.to(self.k.device)
         row = torch.arange(B, device=positions_BT.device)[:, None]
-        sees = torch.arange(longest, device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
+        sees = torch.arange(max(ends), device=positions_BT.device) <= positions_BT[:, None, :, None]  # (B, 1, T, S)
+        sees = sees.repeat(1, 1, self.group, 1)
+        size = B if self.k.is_cuda else GROUP
+        groups = [(slice(first, first + size), max(ends[first : first + size])) for first in range(0, B, size)]
 
         def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layer: int) -> Tensor:
             k, v = self.k[layer], self.v[layer]
             k[row, :, positions_BT] = k_BKTD.transpose(1, 2)
             v[row, :, positions_BT] = v_BKTD.transpose(1, 2)
-            k, v = k[:B, :, :longest], v[:B, :, :longest]
-            group = q_BHTD.shape[1] // k.shape[1]
-            q = q_BHTD.reshape(B, k.shape[1], group * T, -1)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=sees.repeat(1, 1, group, 1)).view_as(q_BHTD)
+            q = q_BHTD.reshape(B, k.shape[1], self.group * T, -1)
+            outputs = [
+                F.scaled_dot_product_attention(
+                    q[some], k[:B][some, :, :end], v[:B][some, :, :end], attn_mask=sees[some, ..., :end]
+                )
+                for some, end in groups
+            ]
+            return torch.cat(outputs).view_as(q_BHTD)
 
         return [partial(attend, layer=layer) for layer in range(len(self.k))]
 
-    def fill(self, model: Llama, pieces: list[tuple[int, int, list[int]]]) -> None:
-        """Store tokens: (slot, start, tokens that follow the `start` ones it holds) each, packed in one row."""
-        pieces = [piece for piece in pieces if piece[2]]
-        if not pieces:
-            return
+    def fill(self, model: Llama, pieces: list[Piece]) -> None:
+        """Store the pieces' tokens, packed in one row. A piece's source stands before it."""
         device = self.k.device
-        lengths = [len(tokens) for _, _, tokens in pieces]
-        tokens_1T = torch.tensor([token for _, _, tokens in pieces for token in tokens], device=device)[None]
-        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, start, tokens in pieces]).to(device)
-        slots = torch.tensor([slot for slot, _, tokens in pieces for _ in tokens], device=device)
+        lengths = [len(piece.tokens) for piece in pieces]
+        if not any(lengths):
+            for piece in pieces:
+                if piece.source is not None:
+                    self.copy(piece.source, [piece.slot], piece.start)
+            return
+        tokens_1T = torch.tensor([token for piece in pieces for token in piece.tokens], device=device)[None]
+        positions = torch.cat([piece.start + torch.arange(len(piece.tokens)) for piece in pieces]).to(device)
+        slots = torch.tensor([piece.slot for piece in pieces for _ in piece.tokens], device=device)
 
         def attend(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, layer: int) -> Tensor:
             k, v = self.k[layer], self.v[layer]
             k[slots, :, positions] = k_1KTD[0].transpose(0, 1)
             v[slots, :, positions] = v_1KTD[0].transpose(0, 1)
+            for piece in pieces:
+                if piece.source is not None:
+                    k[piece.slot, :, : piece.start] = k[piece.source, :, : piece.start]
+                    v[piece.slot, :, : piece.start] = v[piece.source, :, : piece.start]
             if layer == len(self.k) - 1:
                 return q_1HTD  # of no token: what comes of the last layer is not wanted
             outputs = []
-            for q, (slot, start, tokens) in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
-                end = start + len(tokens)
-                sees = lower_right_mask(len(tokens), end, device)
-                keys, values = k[slot : slot + 1, :, :end], v[slot : slot + 1, :, :end]
+            for q, piece in zip(q_1HTD.split(lengths, dim=2), pieces, strict=True):
+                if not piece.tokens:  # all of them are its source's
+                    continue
+                end = piece.start + len(piece.tokens)
+                sees = lower_right_mask(len(piece.tokens), end, device)
+                keys, values = k[piece.slot, None, :, :end], v[piece.slot, None, :, :end]
                 outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=sees, enable_gqa=True))
             return torch.cat(outputs, dim=2)
 
@@ -323,18 +349,28 @@ class KVCache:
         model.model(tokens_1T, positions[None], attends, nothing)
 
 
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU, memory that the system provides page by page, as it is first used: most rows stay short."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.frombuffer(mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
 def fits_dequantized(model: nn.Module) -> bool:
     """Whether the 4-bit weights, de-quantised to the model's dtype, take at most half of the free memory."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     if not layers:
         return False
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    if weight.is_cuda:
-        free = torch.cuda.mem_get_info(weight.device)[0]
-    else:
-        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
-    return 2 * sum(layer.in_features * layer.out_features for layer in layers) * weight.itemsize <= free
+    return 2 * sum(layer.in_features * layer.out_features for layer in layers) * weight.itemsize <= free_memory(weight)
+
+
+def free_memory(tensor: Tensor) -> int:
+    """Bytes, where the tensor lies; 0 where that is unknown."""
+    if tensor.is_cuda:
+        return torch.cuda.mem_get_info(tensor.device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 class Sampler:

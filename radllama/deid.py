@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -81,6 +81,11 @@ _WORDS = frozenset(CUES)
 _SUREST = ("email", "url", "UUID", "UDI", "MAC", "IPv6", "plate", "label", "call")
 
 
+@lru_cache(maxsize=50_000)  # sentences come again and again
+def _cues(piece: str) -> frozenset[bytes]:
+    return _WORDS.intersection(piece.encode("ascii", "replace").translate(_FOLD).split())
+
+
 def screen(text: str) -> list[Identifier]:
     """What looks like an identifier: sorted, disjoint spans of `text`. Placeholders ([DATE], XXXX, ___) are none."""
     plain = _plain(text)
@@ -90,7 +95,7 @@ def screen(text: str) -> list[Identifier]:
         found.append((start, end, kind, rule))
 
     folded = b" " + plain.encode("ascii", "replace").translate(_FOLD) + b" "
-    for cue in _WORDS.intersection(folded.split()):
+    for cue in {cue for piece in plain.split(". ") for cue in _cues(piece)}:
         at = folded.find(b" " + cue + b" ")
         while at >= 0:
             for rule in CUES[cue]:

@@ -15,7 +15,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -51,17 +50,7 @@ def words(text: str) -> list[str]:
     """The words and numbers of a text in lower case; "2.5" is two of them."""
     if not text.isascii():
         return _WORDS.findall(text.lower())
-    found: list[str] = []
-    for piece in text.split(". "):
-        found += _remembered(piece) if len(piece) < 300 else _folded(piece)
-    return found
-
-
-def _folded(text: str) -> list[str]:
     return text.encode().translate(_FOLD).decode().split()
-
-
-_remembered = lru_cache(maxsize=50_000)(_folded)  # sentences come again and again
 
 
 def normalise(text: str) -> str:
@@ -183,7 +172,8 @@ class Shingles:
             total = sizes[place]
             rows = np.repeat(np.tile(np.arange(n), 2), total)
             at = np.repeat(starts[place] - (np.cumsum(total) - total), total) + np.arange(total.sum())
-            both = np.sort((rows.astype(np.uint64) << np.uint64(32)) | flat[at])
+            both = (rows.astype(np.uint64) << np.uint64(32)) | flat[at]
+            both.sort(kind="stable")  # merges: each half is sorted already
             shared = np.bincount((both[1:][both[1:] == both[:-1]] >> np.uint64(32)).astype(np.int64), minlength=n)
             union = total[:n] + total[n:] - shared
             result[some] = shared >= threshold * union - 1e-9

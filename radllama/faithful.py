@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
-from radllama.clinical import Item, Side, alike, implies, items_of
-from radllama.lexicon import LEXICON, lower, related
+from radllama.clinical import Item, Side, alike, implies, is_loose, items_in, items_of
+from radllama.lexicon import LEXICON, lower, related, sentence_texts
 
 Kind = Literal["entity", "negation", "side", "number", "prior"]
 
@@ -43,25 +43,56 @@ def _both(sides: Iterable[Side | None]) -> set[str]:
     return set("".join([_SIDES[side] for side in sides]))
 
 
+class _Sorted(NamedTuple):
+    """Items by what they say; `affirmed` are the findings among the positive ones."""
+
+    positive: list[Item]
+    denied: list[Item]
+    affirmed: list[Item]
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> _Sorted:
+        found = cls([], [], [])
+        for item in items:
+            if item.negated:
+                found.denied.append(item)
+            else:
+                found.positive.append(item)
+                if item.concept and item.concept != "category":
+                    found.affirmed.append(item)
+        return found
+
+
+@lru_cache(maxsize=100_000)
+def _sorted_sentence(sentence: str) -> _Sorted | None:
+    """None where an item may belong to the sentence before."""
+    items = items_in(sentence)
+    return None if any(map(is_loose, items)) else _Sorted.of(items)
+
+
+def _sorted_text(text: str) -> _Sorted:
+    """The items of all sentences, each sentence sorted once: reports say the same again and again."""
+    positive: list[Item] = []
+    denied: list[Item] = []
+    affirmed: list[Item] = []
+    for sentence in sentence_texts(text):
+        if (part := _sorted_sentence(sentence)) is None:
+            return _Sorted.of(item for _, _, item in items_of(text))
+        positive += part[0]
+        denied += part[1]
+        affirmed += part[2]
+    return _Sorted(positive, denied, affirmed)
+
+
 class _Source:
     """What an impression may rest on: findings and context (indication, comparison), sorted once."""
 
     def __init__(self, findings: str, context: str) -> None:
         self._findings, self._context = findings, _NO_COMPARISON.sub("", context)
-        self.positive: list[Item] = []
-        self.affirmed: list[Item] = []  # a finding that the findings assert
-        self.denied: list[Item] = []  # by the findings
-        negative: list[Item] = []  # by the context
-        for _, _, item in items_of(findings):
-            if item.negated:
-                self.denied.append(item)
-            else:
-                self.positive.append(item)
-                if item.concept and item.concept != "category":
-                    self.affirmed.append(item)
-        for _, _, item in items_of(self._context):
-            (negative if item.negated else self.positive).append(item)
-        self.all = self.positive + self.denied + negative
+        self.positive, self.denied, self.affirmed = _sorted_text(findings)
+        context_items = _sorted_text(self._context)
+        self.positive += context_items.positive
+        self.all = self.positive + self.denied + context_items.denied
 
     # What few impressions ask for is worked out when they do.
 
@@ -111,11 +142,12 @@ def _checks(findings: str, impression: str, context: str) -> Iterator[tuple[Kind
 
 def _side_check(item: Item, source: _Source) -> bool:
     """A side must stand beside the same finding, or else beside its organ, or else anywhere."""
-    names = alike(item.concept)
-    same = _both([o.side for o in source.positive if o.concept in names and related(item.organ, o.organ)])
-    there = [o for o in source.all if o.organ == item.organ] if item.concept and item.organ else []
-    near = _both([o.side for o in there if not (o.negated and o.side == "bilateral")])  # "in either breast"
-    return _both([item.side]) <= (same or near or source.sides)
+    names, organ = alike(item.concept), item.organ
+    known = _both([o.side for o in source.positive if o.side and o.concept in names and related(organ, o.organ)])
+    if not known and item.concept and organ:
+        there = [o for o in source.all if o.side and o.organ == organ]
+        known = _both([o.side for o in there if not (o.negated and o.side == "bilateral")])  # "in either breast"
+    return _both([item.side]) <= (known or source.sides)
 
 
 def _entity_check(item: Item, source: _Source) -> tuple[Kind, bool]:

@@ -33,6 +33,7 @@ from radllama.tokenizer import Tokenizer
 
 __all__ = ["common_length", "consensus", "generate", "main", "predict", "predictions", "render"]
 
+CORPUS = 10_000  # impressions that drafts are taken from: 2,000 already found nearly all that there is to find
 VOTES = 2  # of a similar report's impression beside each sample's one; chosen on real reports' validation part
 
 
@@ -80,6 +81,12 @@ def predict(
 
 def render(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> list[list[int]]:
     return [tokenizer.render(prompt.messages(prompt.question(e)), add_generation_prompt=True)[0] for e in examples]
+
+
+def responses(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> list[list[int]]:
+    """The token ids that a model trained on these examples writes for them, the stop id included."""
+    rendered = (tokenizer.render(prompt.messages(prompt.question(e), e.impression)) for e in examples)
+    return [[token for token, of_response in zip(*row, strict=True) if of_response] for row in rendered]
 
 
 def predictions(
@@ -140,6 +147,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="to see how much the wording matters: ask with each of several (five that training never saw, or those of "
         "FILE, one a line) and write OUTPUT's name with .1, .2, ... before its ending",
     )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="PAIRS",
+        help="pairs whose impressions, up to 10,000, are tried as drafts (the training file): the same "
+        "greedy output, sooner",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -178,11 +192,14 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
     Sampler(options.temperature, options.top_k, options.top_p)
     if options.consensus < 1 or (options.consensus > 1 and options.temperature == 0):
         raise ValueError("--consensus: expected at least 1, and with more a --temperature above 0 (0.6, say)")
+    if options.corpus and options.temperature > 0:
+        raise ValueError("--corpus: drafts serve greedy decoding alone; leave it out with a --temperature")
     if not options.output.parent.is_dir():
         raise ValueError(f"--output: the folder {options.output.parent} does not exist")
     examples = read_examples(options.input, need_impression=False)[: options.limit]
     if any(not example.findings for example in examples):
         raise ValueError(f"{options.input}: expected findings on every line, found plain texts")
+    known = [example for example in read_examples(options.corpus) if example.impression] if options.corpus else []
     source = find_model(options.model)
     trained = Prompt.load(options.adapter if options.adapter else source)
     similar = trained.similar if trained else 0
@@ -207,11 +224,13 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
         if options.instructions:
             name, extra = f"{name} #{number}", {"instruction": instruction}
             file = file.with_name(f"{file.stem}.{number}{file.suffix}")
-        prompts = render(tokenizer, Prompt(tokenizer.prompt_format, (instruction,), similar), examples)
+        prompt = Prompt(tokenizer.prompt_format, (instruction,), similar)
+        prompts = render(tokenizer, prompt, examples)
         work = partial(
             predictions, model, tokenizer, prompts, examples, name=name, samples=options.consensus,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
-            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, progress=first)  # fmt: skip
+            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, progress=first,
+            corpus=responses(tokenizer, prompt, known[:CORPUS]))  # fmt: skip
         settings = _settings(options, source, str(dtype), name, prompts, [vars(example) for example in examples])
         rows = run_in_parts(ranks, file, settings, [len(ids) for ids in prompts], work)
         if first:

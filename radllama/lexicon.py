@@ -168,6 +168,15 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+def sentence_texts(text: str) -> list[str]:
+    """`sentences` as texts, in half the time."""
+    match = _LIST.match(text)
+    found = [sentence for sentence in _END.split(text[match.end() :] if match else text) if sentence]
+    if len(text) > _LONGEST:
+        found = [part[i : i + _LONGEST] for part in found for i in range(0, len(part), _LONGEST)]
+    return found
+
+
 def lower(text: str) -> str:
     """Lower case of the same length ("İ" has a longer one), so that spans hold."""
     low = text.lower()

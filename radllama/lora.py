@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from radllama.files import check_links, read_json
+from radllama.fused import linear
 from radllama.quant import Linear4bit
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -79,6 +80,10 @@ class LoRALinear(nn.Module):
         """W (out, in); a 4-bit base's is de-quantised to `dtype`."""
         return self.base.dequantize(dtype) if isinstance(self.base, Linear4bit) else self.base.weight.detach()
 
+    def base_product(self, x: Tensor) -> Tensor:
+        """x W^T, without gradients and without the hooks of the base: what ZeRO-3 gathers, the whole layer has."""
+        return self.base.product(x) if isinstance(self.base, Linear4bit) else linear(x, self.base.weight.detach())
+
     def merged_weight(self) -> Tensor:
         """W + scaling * B A (out, in) in the adapter's dtype, summed in fp32; a 4-bit base is de-quantised first."""
         weight = self.base_weight(torch.float32)
@@ -96,10 +101,10 @@ class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: list[LoRALinear], *factors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         x_NC, lora_A = x.reshape(-1, x.shape[-1]), factors[::2]
-        inner_NR = x_NC @ torch.cat(lora_A).T
+        inner_NR = linear(x_NC, torch.cat(lora_A))
         outputs = []
         for layer, inner, lora_B in zip(layers, _by_layer(inner_NR, lora_A), factors[1::2], strict=True):
-            y_NO = x_NC @ layer.base_weight(x.dtype).T
+            y_NO = layer.base_product(x_NC)
             y_NO.addmm_(inner, lora_B.T, alpha=layer.scaling)
             outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[1]))  # not -1: x may have no rows
         ctx.layers = layers  # and not W: under ZeRO-3 it comes and goes between forward and backward
@@ -115,11 +120,12 @@ class _SharedInput(torch.autograd.Function):
         parts = zip(ctx.layers, grads, _by_layer(inner_NR, lora_A), factors[1::2], strict=True)
         for layer, grad, inner, lora_B in parts:
             grad_NO = grad.reshape(-1, grad.shape[-1])
-            inner_grads.append((grad_NO @ lora_B).mul_(layer.scaling))
+            inner_grads.append(linear(grad_NO, lora_B.T).mul_(layer.scaling))
             B_grads.append((grad_NO.T @ inner).mul_(layer.scaling))
             if ctx.needs_input_grad[0]:  # not in the first layer: the embedding is frozen
                 weight = layer.base_weight(grad.dtype)
-                x_grad = grad_NO @ weight if x_grad is None else x_grad.addmm_(grad_NO, weight)
+                part = linear(grad_NO, weight.T)
+                x_grad = part if x_grad is None else x_grad.add_(part)
         inner_grad_NR = torch.cat(inner_grads, dim=1)
         if x_grad is not None:
             x_grad = x_grad.addmm_(inner_grad_NR, torch.cat(lora_A)).view(*grads[0].shape[:-1], x_NC.shape[1])
@@ -200,10 +206,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, base_model: str) -> None
         raise ValueError("the model has no LoRA layers to save")
     tensors = {}
     for name, layer in layers.items():
-        for part, linear in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if linear.weight.dim() != 2 or not linear.weight.numel():
+        for part, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if factor.weight.dim() != 2 or not factor.weight.numel():
                 raise ValueError(f"{name}.{part} is partitioned: gather lora_parameters(model) before saving")
-            tensors[f"{_PEFT_PREFIX}{name}.{part}.weight"] = linear.weight.detach().cpu().contiguous()
+            tensors[f"{_PEFT_PREFIX}{name}.{part}.weight"] = factor.weight.detach().cpu().contiguous()
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from radllama.fused import linear
+
 _ROWS = 32  # whose softmax is computed at a time
 
 
 def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 512) -> Tensor:
     """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
-    if type(head) is nn.Linear and torch.is_grad_enabled() and not head.weight.requires_grad:
+    if isinstance(head, nn.Linear) and torch.is_grad_enabled() and not head.weight.requires_grad:
         return _FrozenHeadLoss.apply(x_NC, head.weight, labels_N, chunk)
 
     def losses(x: Tensor, labels: Tensor) -> Tensor:
@@ -36,14 +38,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
         losses, gradients = [], []
         for x, labels in zip(x_NC.split(chunk), labels_N.split(chunk), strict=True):
-            scores = (x @ weight_VC.T).float()
+            scores = linear(x, weight_VC).float()
             for rows in scores.split(_ROWS):  # in their place: a second copy of all would be the step's peak of memory
                 rows.copy_(rows.log_softmax(1))
             place = torch.arange(len(x), device=x.device), labels
             losses.append(-scores[place])
             probability = scores.exp_()
             probability[place] -= 1
-            gradients.append(probability.to(x.dtype) @ weight_VC)
+            gradients.append(linear(probability.to(x.dtype), weight_VC.T))
             del scores, probability
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from radllama.fused import swiglu
+from radllama.fused import Linear, swiglu
 from radllama.loss import chunked_cross_entropy
 
 # (q_BHTD, k_BKTD, v_BKTD) -> out_BHTD
@@ -218,10 +218,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, heads)
+        self.k_proj = Linear(config.hidden_size, kv_heads)
+        self.v_proj = Linear(config.hidden_size, kv_heads)
+        self.o_proj = Linear(heads, config.hidden_size)
 
     def qkv(self, x_BTC: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
         if queries is None:
@@ -242,9 +242,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def gate_up(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
         return project(x_BTC, self.gate_proj, self.up_proj)
@@ -303,7 +303,7 @@ class Llama(nn.Module):
         self.config = config
         self.packed_attention = packed_attention  # attention.py has one for GPUs
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

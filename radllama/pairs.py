@@ -96,7 +96,6 @@ _PLACEHOLDER = re.compile(r"\bX{3,}\b|_{3,}|\*{3,}|\[\*\*[^\]]*\*\*\]|\[ *\]|<[^
 _SIGNS = ("XXX", "___", "***", "[", "<", "{")  # one of them is in every placeholder
 _HEADED = re.compile(r"\s*(?:findings?|impressions?)\s*:\s*", re.I)
 _DOTS = re.compile(r"(?<!\.)\. ?\.(?=\s|\Z)")  # "effusion.." and "effusion. .": an empty sentence; an ellipsis stays
-_SENTENCE = re.compile(r"[.;\n]\s*")
 
 
 def _set(words: str) -> frozenset[str]:
@@ -147,14 +146,14 @@ def process(record: Mapping[str, Any], options: Options = Options()) -> Pair | D
     findings, impression = (
         _DOTS.sub(".", text) if ".." in text or ". ." in text else text for text in (findings, impression)
     )
-    lengths = len(findings.split()), len(impression.split())
-    for part, length, least in zip(
-        ("findings", "impression"), lengths, (options.min_findings_words, options.min_impression_words), strict=True
+    for part, text, least in (
+        ("findings", findings, options.min_findings_words),
+        ("impression", impression, options.min_impression_words),
     ):
-        if length < least:
-            return Dropped(name, f"short_{part}", f"{length} words")
+        if least > 0 and len(text.split(None, least - 1)) < least:  # not all words of a long text
+            return Dropped(name, f"short_{part}", f"{len(text.split())} words")
     context = values["indication"] + (f"\nComparison: {values['comparison']}" if values["comparison"] else "")
-    problems = _problems(findings, impression, context, lengths, options)
+    problems = _problems(findings, impression, context, options)
     if drop := next((problem for problem in problems if getattr(options, problem, "") == "drop"), None):
         return Dropped(name, drop)
     if "placeholders" in problems:
@@ -175,14 +174,14 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
-def _problems(findings: str, impression: str, context: str, lengths: tuple[int, int], options: Options) -> list[str]:
+def _problems(findings: str, impression: str, context: str, options: Options) -> list[str]:
     """The names of the policies that apply; "placeholders" where there are too many of them."""
     found: list[str] = []
     if options.placeholder != "off":
-        for text, length in zip((findings, impression), lengths, strict=True):
+        for text in (findings, impression):
             if any(sign in text for sign in _SIGNS) and (count := len(_PLACEHOLDER.findall(text))):
                 found += ["placeholder"] * (not found)
-                if count > options.max_placeholders * length:
+                if count > options.max_placeholders * len(text.split()):
                     return ["placeholders"] if options.placeholder != "drop" else ["placeholder"]
     if options.repeated != "off" and _repeated(findings, impression):
         found.append("repeated")
@@ -196,9 +195,11 @@ def _problems(findings: str, impression: str, context: str, lengths: tuple[int, 
 
 def _repeated(findings: str, impression: str) -> bool:
     """Whether the text stands there twice: long sentences that repeat others make up 30 % of it, or both are equal."""
-    if findings.lower() == impression.lower():
+    low = findings.lower()
+    if low == impression.lower():
         return True
-    sentences = [sentence for sentence in _SENTENCE.split(findings.lower()) if len(sentence) >= 20]
+    parts = low.replace(";", ".").replace("\n", ".").split(".")
+    sentences = [sentence for part in parts if len(part) >= 20 and len(sentence := part.lstrip()) >= 20]
     distinct = set(sentences)
     if len(distinct) == len(sentences):
         return False

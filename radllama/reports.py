@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from hashlib import blake2b
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -145,6 +146,7 @@ def _outgoing(pair: Pair, date: int, options: Options) -> dict[str, Any]:
     return row
 
 
+@lru_cache(maxsize=50_000)
 def _date(text: str) -> int:
     """YYYYMMDD, 0 where there is no date to be read: ISO, 20180131, or 1/31/2018."""
     if not (match := _DATE.match(text)):

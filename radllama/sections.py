@@ -209,13 +209,16 @@ _TAG = re.compile(
 _BREAKING = _set("br p div li tr h1 h2 h3 h4 h5 h6 ul ol table")
 _SPACES = str.maketrans("\xa0\t", "  ", "\ufeff\u200b")
 _LINE_END = re.compile(rf"[{_BREAKS}](?:(?<=\r)\n)?")
-_UNTIDY = (*_BREAKS, *"\t\xa0\u200b\ufeff*#_=~<&", "--", " \n", "\n ", "\n\n\n")
+_UNTIDY = (*_BREAKS, *"\t\xa0\u200b\ufeff*#_=~<&")
+_UNTIDY_BYTES = "".join(filter(str.isascii, _UNTIDY)).encode()
+_UNTIDY_RUNS = ("--", " \n", "\n ", "\n\n\n")
 _DECORATED = (*"*#=~_", "--")
 _MARKUP = re.compile(r"\*\*|(?<!_)__(?=[^\W_])|(?<=[^\W_])__(?!_)|^[ \t]*(?:#+ |[-=*~]{4,}[ \t]*$|_{5,}[ \t]*$)", re.M)
 _CONTENT = re.compile(r"[^\W_]")
 _WORDS = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
 _MARK_BEGINS = re.compile(r"[(#\d](?<!\S[(#\d])")  # found fast: it starts with a set of characters
 _MARK = re.compile(r"(?:\((\d{1,2})\)|#?(\d{1,2})[.)]+|(\d{1,2}) ?[-:](?= ))(?=\s|[A-Za-z(\"']|\Z)")
+_FIRST_MARKS = ("1.", "1)", "1-", "1:", "1 -", "1 :")  # one of them is in every numbered list
 _LAST_WORD = re.compile(r"([\w-]+)[:.]?\Z")
 _REPEATED = re.compile(r"(?:(?:\(1\)|#?1[.)]+|[-*•·▪‣◦●–]) +)+")
 _BULLET = re.compile(r"\n[ \t]*[-*•·▪‣◦●–][ \t]+")
@@ -376,8 +379,9 @@ def _judge(source: str, flat: str, start: int, end: int, last: str, seen: set[st
         stopped = fresh and flat[at - 1] not in ":;" and name not in ("exam", "technique")
         good = (own_line and (core or blank_before)) or (kind == "colon" and (own_line or stopped or source.islower()))
         good = good and not prose and "." not in str(separator)
-    words = source[at : body - len(separator or "")].strip(" \t\r\n*#_:=-[]<>|.")
-    return _Heading(at, body, name, words, weak) if good else None
+    if not good:
+        return None
+    return _Heading(at, body, name, source[at : body - len(separator or "")].strip(" \t\r\n*#_:=-[]<>|."), weak)
 
 
 def _arrange(found: list[_Heading], flat: str) -> list[_Heading]:
@@ -420,6 +424,16 @@ def _arrange(found: list[_Heading], flat: str) -> list[_Heading]:
     return kept
 
 
+def _is_untidy(text: str) -> bool:
+    """Whether `_clean` may have anything to do but strip."""
+    if any(run in text for run in _UNTIDY_RUNS):
+        return True
+    if text.isascii():  # bytes without the odd ones: ten times as fast as looking for each
+        raw = text.encode()
+        return len(raw.translate(None, _UNTIDY_BYTES)) < len(raw)
+    return any(odd in text for odd in _UNTIDY)
+
+
 def _clean(body: str, untidy: bool) -> str:
     """A section's text with "\\n" as line end, without markup, rules of dashes and blanks at the ends of lines."""
     if untidy:
@@ -449,7 +463,7 @@ def parse_report(text: str, *, addendum: Literal["drop", "append", "quarantine"]
     if text and (not headings or headings[0].start > 1):
         headings.insert(0, _Heading(1, 1, "preamble"))
     escaped = _escaped(text)
-    untidy = escaped or any(odd in text for odd in _UNTIDY)
+    untidy = escaped or _is_untidy(text)
     sections = []
     for k, heading in enumerate(headings):
         end = headings[k + 1].start if k + 1 < len(headings) else len(source)
@@ -543,7 +557,7 @@ def renumber(impression: str) -> str:
     ("BI-RADS 2.", "category 4.", "series 3."). Idempotent; nothing but markers and blanks changes.
     """
     text, before = _LINE_END.sub("\n", impression).strip(), ""
-    if "1" not in text and not _BULLET.search(f"\n{text}"):
+    if not any(mark in text for mark in _FIRST_MARKS) and not _BULLET.search(f"\n{text}"):
         return text
     while text != before:  # the only item of a list may be a list again
         before, text = text, _renumber_once(text)

@@ -39,6 +39,13 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 LLAMA3_NUM_BASE_TOKENS = 128_000
 # Offsets above the base vocabulary, named as in Llama 3.1 to 3.3. Llama 3.0 calls those at 4, 8 and 10
 # reserved; its other ids are the same, and tokenizer.model does not tell the two apart.
@@ -164,6 +171,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         return self._codec.encode_batch([_well_formed(text) for text in texts])
+
+    @property
+    def parts_sentences(self) -> bool:
+        """Whether the ids of "A. B" are those of "A." and of " B", as Llama 3's split pattern makes sure."""
+        return self._codec.parts_sentences
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens and ids beyond the vocabulary give nothing.
@@ -334,6 +346,9 @@ class _Bpe:
             "padding": None,
         }
         self.vocab_size = 1 + max([*kept.values(), *self.specials.values()], default=-1)
+        self.parts_sentences = (
+            config.get("pre_tokenizer") == LLAMA3_PRE_TOKENIZER and not config.get("normalizer") and not ordinary
+        )
         self._tokenizer = _build(config)
         bare = _without_prefix(config)
         self._continuation = self._tokenizer if bare == config else _build(bare)
@@ -357,6 +372,7 @@ class _SentencePiece:
     """A SentencePiece model. It never encodes text to its control tokens (<s>, </s>)."""
 
     prefix_after_bos = True  # as Meta's code encodes the prompt, and puts BOS in front afterwards
+    parts_sentences = False
 
     def __init__(self, proto: bytes) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -520,14 +536,7 @@ def _llama3_json(ranks: dict[bytes, int]) -> dict[str, Any]:
         merges += [[spell(token[:c]), spell(token[c:])] for c in cuts]
     unnamed = [n for n in range(LLAMA3_NUM_SPECIALS) if n not in LLAMA3_SPECIALS]
     names = LLAMA3_SPECIALS | {n: f"<|reserved_special_token_{k}|>" for k, n in enumerate(unnamed)}
-    flags: dict[str, Any] = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+    flags: dict[str, Any] = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     bos = LLAMA3_SPECIALS[0]
     sequence_a, sequence_b = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
     bos_a, bos_b = ({"SpecialToken": {"id": bos, "type_id": n}} for n in range(2))
@@ -537,13 +546,7 @@ def _llama3_json(ranks: dict[bytes, int]) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": len(ranks) + n, "content": names[n], **flags} for n in sorted(names)],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                split,
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
-        },
+        "pre_tokenizer": LLAMA3_PRE_TOKENIZER,
         # For other readers of the file (transformers adds BOS by it); `_Bpe` drops it.
         "post_processor": {
             "type": "TemplateProcessing",

@@ -365,6 +365,8 @@ def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str
     """The dtype to compute in, and why."""
     if config.training.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.training.dtype)
+        if chosen == torch.float16 and not get_accelerator().is_fp16_supported():
+            raise ValueError(f"training.dtype: this {device.type} does not compute in float16; choose auto or bfloat16")
         return chosen, "as training.dtype says"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

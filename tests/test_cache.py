@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
 from radllama import cache as module
-from radllama.cache import FOLDER, HEADER, Cache, Template, open_cache
+from radllama.cache import FOLDER, HEADER, Cache, Sentences, Template, open_cache
 from radllama.data import INSTRUCTIONS, Example, OnDemand, Prompt, Reports, read_examples
 from radllama.tokenizer import PromptFormat, Tokenizer
 
@@ -516,3 +517,42 @@ def test_a_file_that_grows_meanwhile_is_refused(
     monkeypatch.setattr(module, "build", grow)
     with pytest.raises(ValueError, match="changed while it was read"):
         open_cache(file, tokenizer, PROMPT)
+
+
+# Sentences
+
+
+@pytest.fixture(scope="module", params=["small", "Llama 3's"])
+def parting(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    if request.param == "small":
+        return tokenizer
+    return Tokenizer.from_dir(str(distribution("llama-models").locate_file("llama_models/llama3")))
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(alphabet=st.sampled_from("A b.3 \n\r\t'(s\u00a0é漢\ud800"), max_size=30), max_size=4))
+def test_sentences_give_the_ids_of_whole_texts(parting: Tokenizer, texts: list[str]) -> None:
+    assert parting.parts_sentences
+    sentences = Sentences(parting)
+    sentences.MOST = 3  # forgotten all the time
+    for _ in range(2):
+        assert [np.frombuffer(ids, np.uint32).tolist() for ids in sentences.encode(texts)] == [
+            parting.encode(text) for text in texts
+        ]
+
+
+def test_what_is_known_is_not_tokenised_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = Sentences(tokenizer)
+    first = sentences.encode(["The lungs are clear. No effusion.", "No effusion."])
+
+    def refuse(texts: list[str]) -> list[list[int]]:
+        assert not texts
+        return []
+
+    monkeypatch.setattr(tokenizer, "encode_batch", refuse)
+    assert sentences.encode(["The lungs are clear. No effusion.", "No effusion."]) == first
+
+
+def test_only_llama_3s_own_pattern_parts_sentences(spaced_folder: Path, sentencepiece_folder: Path) -> None:
+    assert not Tokenizer.from_dir(spaced_folder).parts_sentences
+    assert not Tokenizer.from_dir(sentencepiece_folder).parts_sentences

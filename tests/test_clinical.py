@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radllama.clinical import ASPECTS, Statement, compare, statements
-from radllama.lexicon import LEXICON, lower, sentences
+from radllama.lexicon import LEXICON, lower, sentence_texts, sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -161,6 +161,7 @@ def test_any_text_gives_spans_inside_it(text: str) -> None:
     spans = sentences(text)
     assert all(a < b for a, b in spans)
     assert all(b <= c for (_, b), (c, _) in pairwise(spans))
+    assert sentence_texts(text) == [text[a:b] for a, b in spans]
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import random_llama, tiny_config
 from torch import Tensor, nn
 
 from radllama import decode as decode_module
-from radllama.decode import Drafter, KVCache, Sampler, fits_dequantized, generate, greedy_loop, product, shared_prefix
+from radllama.decode import KVCache, Sampler, fits_dequantized, generate, greedy_loop, shared_prefix
 from radllama.lora import add_lora, replace_layer
 from radllama.model import Llama, RopeScaling
 from radllama.quant import Linear4bit, kept
@@ -30,12 +31,12 @@ def model() -> Llama:
 
 
 def prompts(count: int = 9, prefix: int = 0) -> list[list[int]]:
-    """Of unequal lengths; all begin with the same `prefix` tokens; the last one stands twice."""
+    """Of unequal lengths; all begin with the same `prefix` tokens, some with another one; the last one stands twice."""
     draw = torch.Generator().manual_seed(1)
     head = torch.randint(0, 64, (prefix,), generator=draw).tolist()
     lengths = torch.randint(1, 30, (count,), generator=draw).tolist()
     rows = [head + torch.randint(0, 64, (length,), generator=draw).tolist() for length in lengths]
-    return [*rows, list(rows[-1])]
+    return [*rows, rows[0] + [5, 6], rows[0] + [5, 7, 8], [*rows[0][:-1], 9], rows[0] + [5], list(rows[-1])]
 
 
 def copying_llama() -> Llama:
@@ -86,21 +87,76 @@ def test_drafts_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[1] < 0.8 * counts[0]
 
 
+@pytest.mark.parametrize("prefix", [0, 7])
+def test_what_prompts_begin_with_is_computed_once(monkeypatch: pytest.MonkeyPatch, prefix: int) -> None:
+    filled: list[tuple[int, ...]] = []
+    fill = KVCache.fill
+
+    def count(self: KVCache, model: Llama, pieces: list[Any]) -> None:
+        filled.extend(tuple(piece.tokens) for piece in pieces)
+        fill(self, model, pieces)
+
+    monkeypatch.setattr(KVCache, "fill", count)
+    check("random", prefix, True)
+    rows = prompts(prefix=prefix)
+    assert sum(map(len, filled)) == len({tuple(row[:end]) for row in rows for end in range(1, len(row))})
+
+
+def test_a_corpus_gives_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model will write, told beforehand, spares most passes; nonsense spares none and changes nothing."""
+    _, _, expected = case("random", 7, True)
+    passes = []
+    step = decode_module._step
+    monkeypatch.setattr(decode_module, "_step", lambda *arguments: passes.append(1) or step(*arguments))
+    counts = []
+    for corpus in ([], [[1, 2, 3, 4] * 5], expected):
+        passes.clear()
+        check("random", 7, True, batch_size=2, corpus=corpus)
+        counts.append(len(passes))
+    assert counts[2] < 0.6 * counts[0] <= 0.7 * counts[1]
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_the_head_s_copy_changes_nothing(monkeypatch: pytest.MonkeyPatch, screened: bool) -> None:
+    made = []
+    screen = decode_module._screen
+    monkeypatch.setattr(decode_module, "can_screen", lambda weight: screened)
+    monkeypatch.setattr(decode_module, "_screen", lambda model: made.append(screen(model)) or made[-1])
+    check("random", 7, True)
+    assert [one is not None for one in made] == [screened]
+    made.clear()
+    model, rows, _ = case("random", 7, True)
+    generate(model, rows, stop_ids=(), max_new_tokens=8, temperature=1.0)
+    generate(model, rows[:1], stop_ids=(), max_new_tokens=2)
+    assert not made  # no use for one
+
+
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "rows are not moved": (KVCache, "copy", lambda self, source, targets, length: None),
     "drafts are taken unseen": (
         decode_module,
         "_step",
-        lambda model, cache, rows, sampler, step=decode_module._step: [
-            [*row.drafts, chosen[-1]] for row, chosen in zip(rows, step(model, cache, rows, sampler), strict=True)
+        lambda model, cache, rows, *rest, step=decode_module._step: [
+            [*row.drafts, chosen[-1]] for row, chosen in zip(rows, step(model, cache, rows, *rest), strict=True)
         ],
     ),
-    "the shared prefix is a token too long": (decode_module, "shared_prefix", lambda rows: shared_prefix(rows) + 1),
+    "the shared prefix is a token too long": (
+        decode_module,
+        "shared_prefix",
+        lambda rows, left_over=1: shared_prefix(rows, left_over) + left_over,
+    ),
     "a prompt's last token is filled in as well": (
         KVCache,
         "fill",
         lambda self, model, pieces, fill=KVCache.fill: fill(
-            self, model, [(slot, start + (start > 0), tokens) for slot, start, tokens in pieces]
+            self, model, [replace(piece, start=piece.start + (piece.start > 0)) for piece in pieces]
+        ),
+    ),
+    "a prompt's beginning is left where it was computed": (
+        KVCache,
+        "fill",
+        lambda self, model, pieces, fill=KVCache.fill: fill(
+            self, model, [replace(piece, source=None) for piece in pieces]
         ),
     ),
 }
@@ -110,8 +166,13 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
 def test_broken_decoding_is_noticed(monkeypatch: pytest.MonkeyPatch, mutation: tuple[Any, str, Any]) -> None:
     case("copying", 7, True)  # the expected outputs are made before anything is broken
     monkeypatch.setattr(*mutation)
+
+    def check_both() -> None:  # one row at a time meets other rows' places, all at once each other's beginnings
+        for batch_size in (3, 64):
+            check("copying", 7, True, batch_size=batch_size)
+
     with pytest.raises((AssertionError, RuntimeError)):
-        check("copying", 7, True, batch_size=3)
+        check_both()
 
 
 def test_the_prefix_that_all_prompts_share() -> None:
@@ -119,22 +180,6 @@ def test_the_prefix_that_all_prompts_share() -> None:
     assert shared_prefix([[1, 2, 3], [1, 2, 3]]) == 2  # the last token of each prompt is left over
     assert shared_prefix([[5], [5, 6]]) == 0
     assert shared_prefix([[1, 2, 3]]) == 2
-
-
-def test_a_drafter_looks_in_the_prompt_first_then_in_other_outputs() -> None:
-    drafter = Drafter(3)
-    one, other = [1, 2, 3, 4, 5, 6, 1, 2], [7, 8, 9]
-    drafter.read(one)
-    drafter.read(other)
-    assert drafter.guess(one, 8) == [3, 4, 5]
-    assert drafter.guess(one, 2) == [3, 4]
-    assert drafter.guess(other, 8) == []
-    for token in (50, 51, 52):
-        drafter.append(other, token)
-    one += [8, 9]
-    assert drafter.guess(one, 8) == [50, 51, 52]
-    assert drafter.guess(one, 0) == []
-    assert Drafter(0).guess(one, 8) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,6 +194,8 @@ def test_weights_kept_dequantised_give_the_same_logits(dtype: torch.dtype) -> No
         with kept(model, dtype):
             assert torch.equal(model(tokens), expected)
             assert all(layer._kept is not None for layer in model.modules() if isinstance(layer, Linear4bit))
+        with kept(model, dtype, packed=True):
+            torch.testing.assert_close(model(tokens), expected)
     assert all(layer._kept is None for layer in model.modules() if isinstance(layer, Linear4bit))
     assert fits_dequantized(model)  # some kilobytes
     with_, without = (
@@ -194,16 +241,6 @@ def test_bad_sampling_settings(arguments: tuple[float, int | None, float | None]
 def test_an_empty_prompt_is_refused(model: Llama) -> None:
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], stop_ids=(), max_new_tokens=2)
-
-
-@pytest.mark.parametrize("rows", [1, 4, 5, 32, 33])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_s_product_at_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
-    draw = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(rows, 96, generator=draw).to(dtype), torch.randn(130, 96, generator=draw).to(dtype)
-    found = product(x, weight)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight))
 
 
 # The cache

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from test_clinical import TEXTS
 
-from radllama.faithful import faithfulness, unsupported
+from radllama.clinical import items_of
+from radllama.faithful import _Sorted, _sorted_text, faithfulness, unsupported
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -75,3 +76,14 @@ def test_claims_stand_in_any_impression_and_their_share_is_one_where_none_fails(
     assert all(0 <= u.start < u.end <= len(b) for u in found)
     assert 0 <= faithfulness(a, b, c) <= 1
     assert (faithfulness(a, b, c) == 1) == (not found)
+
+
+@pytest.mark.parametrize("text", ["Nodule in the left lung. 12 mm, unchanged.", "1. Clear lungs.\n2. Stable. 3 cm."])
+def test_a_size_said_of_nothing_goes_to_the_finding_before_it(text: str) -> None:
+    assert _sorted_text(text) == _Sorted.of(item for _, _, item in items_of(text))
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_sorting_sentence_by_sentence_gives_what_sorting_the_text_does(text: str) -> None:
+    assert _sorted_text(text) == _Sorted.of(item for _, _, item in items_of(text))

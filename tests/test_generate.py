@@ -51,6 +51,8 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
     assert not (tmp_path / "out.6.jsonl").exists()
     assert not list(tmp_path.glob("*.partial*"))
     one = (tmp_path / "out.jsonl").read_bytes()
+    module.main([*common, "--max-new-tokens", "4", "--name", "tiny", "--corpus", str(pairs)])
+    assert (tmp_path / "out.jsonl").read_bytes() == one
     ranks = start(2, ["-m", "radllama.generate", *common, "--max-new-tokens", "4", "--name", "tiny"])
     assert [rank.communicate(timeout=120) and rank.returncode for rank in ranks] == [0, 0]
     assert (tmp_path / "out.jsonl").read_bytes() == one
@@ -60,6 +62,8 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
         ["--instructions", "held-out", "--instruction", "Conclude."],
         ["--adapter", str(tmp_path)],
         ["--top-p", "2"],
+        ["--corpus", str(tmp_path / "none.jsonl")],
+        ["--corpus", str(pairs), "--temperature", "1"],
         ["--max-new-tokens", "0"],
         ["--model", str(tmp_path / "no")],
     ):
@@ -67,6 +71,33 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
             module.main([*common, *extra] if extra[0] != "--model" else [*extra, *common[2:]])
         assert caught.value.code == 2 or "--adapter" in extra
         assert "error:" in capsys.readouterr().err
+
+
+def test_the_corpus_is_what_the_model_was_trained_to_write(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, examples = Tokenizer.from_dir(tokenizer_folder), synthetic_examples(4)
+    prompt = Prompt(tokenizer.prompt_format, ("Derive.",))
+    found = module.responses(tokenizer, prompt, examples)
+    for example, prompt_ids, ids in zip(examples, module.render(tokenizer, prompt, examples), found, strict=True):
+        whole, _ = tokenizer.render(prompt.messages(example.findings, example.impression))
+        assert prompt_ids + ids == whole[: len(prompt_ids) + len(ids)]
+        assert ids[-1] in tokenizer.stop_ids
+        assert tokenizer.decode(ids).strip() == example.impression
+    save_model(random_llama(tiny_config(vocab_size=tokenizer.vocab_size)), tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"id": e.id, "findings": e.findings, "impression": e.impression} for e in examples]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given_corpora = []
+    decode = module.decode
+    monkeypatch.setattr(
+        module, "decode", lambda *a, **options: given_corpora.append(options["corpus"]) or decode(*a, **options)
+    )
+    monkeypatch.setattr(module, "CORPUS", 3)
+    files = ["--model", str(tmp_path / "model"), "--input", str(pairs), "--output", str(tmp_path / "out.jsonl")]
+    module.main([*files, "--max-new-tokens", "2", "--instruction", "Derive.", "--corpus", str(pairs)])
+    assert given_corpora == [found[:3]]
 
 
 @settings(max_examples=200, deadline=None)

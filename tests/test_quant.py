@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radllama import quant
-from radllama.quant import BLOCK, NESTED_BLOCK, STATE_KEY, Linear4bit, QuantType
+from radllama.fused import linear
+from radllama.quant import BLOCK, NESTED_BLOCK, STATE_KEY, Linear4bit, QuantType, can_pack, kept, pack
 
 # QLoRA's table (arXiv 2305.14314, appendix E), and the 4-bit floats (sign, two exponent bits, one mantissa bit).
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
@@ -69,10 +70,12 @@ def check_layer(layer: Linear4bit, dtype: torch.dtype = torch.float32) -> None:
     weight = layer.dequantize(dtype).requires_grad_()
     expected = F.linear(x, weight)
     (grad,) = torch.autograd.grad(expected, x, cotangent)
+    exact = linear(x.detach(), weight.detach())
     y = layer(x)
     y.backward(cotangent)
     assert y.dtype == dtype
-    assert torch.equal(y, expected)
+    assert torch.equal(y, exact)
+    torch.testing.assert_close(y, expected)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, grad)
     assert not layer.weight.requires_grad
@@ -446,3 +449,34 @@ def test_rows_by_parts_are_the_whole_bit_for_bit(quant_type: QuantType, double_q
     assert torch.equal(torch.cat(parts), layer.dequantize(dtype))
     with pytest.raises(ValueError, match="multiple of 64, found 100"):
         next(layer.dequantized_rows(dtype, 100))
+
+
+@pytest.mark.parametrize("shape", [(0, 192), (1, 192), (2, 1, 192), (2, 3, 192), (40, 192)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_gives_the_plain_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = Linear4bit.from_weight(torch.randn(130, 192, generator=torch.Generator().manual_seed(0)) * 0.1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = layer(x)
+    with kept(layer, dtype, packed=True):
+        assert (layer._packed is None) != can_pack(torch.empty(0, dtype=dtype))
+        found = layer(x)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+        if dtype == torch.float32 and can_pack(x):
+            layer._packed = pack(2 * layer.dequantize(dtype))
+            torch.testing.assert_close(layer(x), 2 * expected)  # and it is the packed one that is used
+            torch.testing.assert_close(layer(x.bfloat16()).float(), expected, atol=0.1, rtol=0.1)  # for its dtype alone
+    assert layer._packed is None
+    assert torch.equal(layer(x), expected)
+
+
+def test_where_nothing_can_be_packed_the_plain_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant, "pack", lambda weight: torch.ops.mkldnn.no_such_function(weight))
+    quant._packs.cache_clear()
+    try:
+        layer = Linear4bit.from_weight(torch.randn(64, 64))
+        with kept(layer, torch.float32, packed=True):
+            assert layer._packed is None
+            assert layer._kept is not None
+    finally:
+        quant._packs.cache_clear()

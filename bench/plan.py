@@ -4,7 +4,7 @@
     python bench/plan.py --table                            # the README's table: computed, nothing is run
 
 Measured: the most anonymous memory (RssAnon) of a training process, the largest rank's, above what it held after its
-imports, from the start of train() to the end of its second step. Predicted: `radllama.plan` on the same config. The
+imports, from the start of train() to the end of its third step. Predicted: `radllama.plan` on the same config. The
 constants of a CPU in plan.py (PROCESS, HOLES) were fitted on the calibration set alone.
 """
 

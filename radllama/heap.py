@@ -18,6 +18,7 @@ from torch.utils.cpp_extension import load
 logger = logging.getLogger("radllama")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
+_LARGEST = 32 * 2**20  # value of M_MMAP_THRESHOLD
 
 
 def return_freed_memory() -> None:
@@ -26,12 +27,7 @@ def return_freed_memory() -> None:
     For the first step, in which the optimizer makes its moments: in a heap they would come to lie between blocks that
     are freed, and cut up its room for all steps to come. Does nothing where the C library is not glibc.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
-        libc.malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+    _malloc(_M_MMAP_THRESHOLD, 2**20)
 
 
 def keep_freed_memory() -> bool:
@@ -40,20 +36,27 @@ def keep_freed_memory() -> bool:
     Does nothing where there is no compiler and the C library is not glibc.
     """
     try:
-        if library().install():
-            return_freed_memory()
-            return True
+        installed = library().install()
         reason = "no range of addresses"
     except Exception as error:  # no compiler, no ninja, a cache that cannot be written: each its own class
-        reason = type(error).__name__
+        installed, reason = False, type(error).__name__
+    if installed:
+        _malloc(_M_MMAP_THRESHOLD, _LARGEST)  # the scratch of matrix products is kept, too
+        return True
     logger.info("the heap of radllama/heap.cpp cannot be used here (%s): the C library's takes more memory", reason)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    mallopt(_M_MMAP_MAX, 0)  # no block of its own for any allocation: all come from the heap
-    mallopt(_M_TRIM_THRESHOLD, -1)  # whose end is never given back
+    _malloc(_M_MMAP_MAX, 0)  # no block of its own for any allocation: all come from the heap
+    _malloc(_M_TRIM_THRESHOLD, -1)  # whose end is never given back
     return False
+
+
+def _malloc(option: int, value: int) -> None:
+    """Set an option of glibc's malloc, and give back what is free now."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(option, value)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 @cache

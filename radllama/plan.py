@@ -3,7 +3,8 @@
     python -m radllama.plan --config C --gpus 8 --gpu-memory 80GB [--shape llama3-70b] [--json]
 
 The model's part comes from a dry run of the real code (dry_run.py), DeepSpeed's from its source (zero.py). A few
-constants remain, below. Those of a CPU are fitted to bench/plan.py's measurements; those of a GPU are estimates.
+constants remain, below: those of a CPU are fitted to real runs (bench/plan.py), those of a GPU are estimates. On a CPU
+this is the memory of a process whose tensors live in the heap of heap.py; without a compiler it takes more.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ GB = 2**30
 # A GPU: the CUDA context with cuBLAS' workspaces, NCCL's channels with more than one rank, what the caching allocator
 # loses of the memory that comes and goes, and what the driver keeps of the nominal size. Estimates, not fitted.
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
-# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports) above its first imports, and by how
-# much the heap is larger than its tensors. Fitted on the calibration set of bench/plan.py.
+# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports) above its first imports, and the
+# holes between the tensors of a step in their heap: 0 to 3 % of these with one rank, up to 25 % with two, where
+# DeepSpeed's blocks of many sizes lie among them. Fitted on the calibration set of bench/plan.py.
 PROCESS, HOLES = 0.06 * GB, 0.14
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_the_corpus_is_what_the_model_was_trained_to_write(
     files = ["--model", str(tmp_path / "model"), "--input", str(pairs), "--output", str(tmp_path / "out.jsonl")]
     module.main([*files, "--max-new-tokens", "2", "--instruction", "Derive.", "--corpus", str(pairs)])
     assert given_corpora == [found[:3]]
+
+
+def test_the_order_of_a_rows_keys(tokenizer_folder: Path) -> None:
+    """What the pair carries along keeps its order and stands in front; then ours, the same in every row."""
+    tokenizer = Tokenizer.from_dir(tokenizer_folder)
+    model = random_llama(tiny_config(vocab_size=tokenizer.vocab_size))
+    carried = [{}, {"study_date": "2020-01-02", "modality": "CR", "patient_id": "p"}, {"patient_id": "p", "x": [1]}]
+    examples = [replace(e, fields=more) for e, more in zip(synthetic_examples(3), carried, strict=True)]
+    rows = predict(
+        model, tokenizer, Prompt(tokenizer.prompt_format, ("Derive.",)), examples, name="m", max_new_tokens=2
+    )
+    ours = ["id", "findings", "reference", "prediction", "model", "stop_reason"]
+    assert [list(row) for row in rows] == [[*more, *ours] for more in carried]
 
 
 @settings(max_examples=200, deadline=None)

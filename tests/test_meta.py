@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,62 @@ def test_the_order_of_dimensions_is_metas() -> None:
     torch.testing.assert_close(q @ k.T, expected)
     plain = [rotate((x @ w.T)[None, None], cos, sin)[0, 0] for w in (wq, wk)]
     assert (plain[0] @ plain[1].T - expected).abs().max() > 0.1  # the order matters
+
+
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+from radllama.meta import import_meta
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+peak = baseline = anonymous()
+done = threading.Event()
+def sample():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+sampler = threading.Thread(target=sample)
+sampler.start()
+import_meta(Path(sys.argv[1]), Path(sys.argv[2]))
+done.set()
+sampler.join()
+print(json.dumps(peak - baseline))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_import_holds_one_tensor(tmp_path: Path, shards: int) -> None:
+    """A model of 323 MiB whose largest tensors, of 40, follow one another: two of them would be noticed.
+
+    malloc gives blocks of more than 32 MiB back as soon as they are freed; of smaller ones it would keep some.
+    """
+    shape = {"vocab_size": 40_960, "hidden_size": 512, "intermediate_size": 40_960, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = Llama(tiny_config(**shape, num_attention_heads=8, num_key_value_heads=4, head_dim=64)).bfloat16()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    largest, whole = 40_960 * 512 * 2, sum(2 * parameter.numel() for parameter in model.parameters())
+    assert whole > 7 * largest
+    write_meta(model, tmp_path / "meta", shards)
+    file = tmp_path / "meta/params.json"
+    params = {"dim": 512, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | params))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "meta"), str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.splitlines()[-1])
+    print(f"{shards} file(s): peak {peak / 2**20:.1f} MiB, largest {largest / 2**20:.1f}, whole {whole / 2**20:.1f}")
+    assert 0.9 * largest <= peak <= 1.5 * largest
+    again = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 class Hostile:

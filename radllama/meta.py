@@ -145,7 +145,7 @@ def cut_along(name: str, parts: list[Tensor], shape: tuple[int, ...], folder: Pa
 def import_meta(source: Path, target: Path, *, rope_factor: float = 8.0, dtype: torch.dtype | None = None) -> None:
     """Write Meta's checkpoint in `source` as a model folder; in `dtype`, or as it is stored.
 
-    Memory: one tensor, or two where it is turned (wq, wk) or cast; the input is memory-mapped. Raises ValueError, naming
+    Memory: one tensor, or two where it is turned (wq, wk) or cast; the input is mapped. Raises ValueError, naming
     file and tensor, before anything is written where tensors and params.json disagree.
     """
     shards = read_shards(source)

@@ -426,12 +426,9 @@ def _arrange(found: list[_Heading], flat: str) -> list[_Heading]:
 
 def _is_untidy(text: str) -> bool:
     """Whether `_clean` may have anything to do but strip."""
-    if any(run in text for run in _UNTIDY_RUNS):
-        return True
-    if text.isascii():  # bytes without the odd ones: ten times as fast as looking for each
-        raw = text.encode()
-        return len(raw.translate(None, _UNTIDY_BYTES)) < len(raw)
-    return any(odd in text for odd in _UNTIDY)
+    raw = text.encode() if text.isascii() else b""  # without the odd bytes: ten times as fast as looking for each
+    odd = len(raw.translate(None, _UNTIDY_BYTES)) < len(raw) if raw else any(sign in text for sign in _UNTIDY)
+    return odd or any(run in text for run in _UNTIDY_RUNS)
 
 
 def _clean(body: str, untidy: bool) -> str:

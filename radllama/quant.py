@@ -18,12 +18,11 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
-from radllama.fused import linear
+from radllama.fused import can_pack, linear, pack, packed_product
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK = 64  # values that share one absmax
@@ -241,36 +240,6 @@ def kept(model: nn.Module, dtype: torch.dtype, *, packed: bool = False) -> Itera
     finally:
         for layer in layers:
             layer._kept = layer._packed = None
-
-
-def can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _packs()
-
-
-@cache
-def _packs() -> bool:
-    """Whether this torch has oneDNN's packed products, which are no public functions of it."""
-    try:
-        packed_product(torch.ones(1, 2), pack(torch.ones(3, 2)))
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A weight (out, in) as `packed_product` wants it. Unpacked, every product would rearrange it again."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
-
-
-def packed_product(x: Tensor, packed: Tensor) -> Tensor:
-    """x W^T of a packed W."""
-    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    rows = len(x)
-    if 0 < rows < 3:  # which take 1.4 times as long as four do
-        x = F.pad(x, (0, 0, 0, 4 - rows))
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return result[:rows].view(*shape, result.shape[1])
 
 
 class _FrozenMatmul(torch.autograd.Function):

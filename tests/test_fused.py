@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from radllama import fused
 from radllama.fused import Linear, linear, plain_swiglu, swiglu
 
 SHAPES: list[tuple[int, ...]] = [(1,), (7,), (2, 5), (1, 64), (0,), (1, 0)]
@@ -20,6 +24,22 @@ def test_linear_is_the_product_in_double_precision(rows: tuple[int, ...], transp
     weight = weight if transposed else weight.contiguous()
     expected = (x.double() @ weight.double().T).to(dtype)
     torch.testing.assert_close(linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("missing", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_a_torch_without_onednns_private_products_computes_by_its_public_ones(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = torch.randn(5, 96), torch.randn(40, 96)
+    operations = {"_linear_pointwise", "_reorder_linear_weight"} - {missing}
+    there = SimpleNamespace(**{name: getattr(torch.ops.mkldnn, name) for name in operations})
+    monkeypatch.setattr(torch.ops, "mkldnn", there)
+    fused.has_onednn.cache_clear()
+    try:
+        assert not fused.can_pack(weight)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    finally:
+        fused.has_onednn.cache_clear()
 
 
 @pytest.mark.parametrize("trained", [("input", "weight"), ("input",), ("weight",)])

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radllama import quant
-from radllama.fused import linear
-from radllama.quant import BLOCK, NESTED_BLOCK, STATE_KEY, Linear4bit, QuantType, can_pack, kept, pack
+from radllama.fused import can_pack, linear, pack
+from radllama.quant import BLOCK, NESTED_BLOCK, STATE_KEY, Linear4bit, QuantType, kept
 
 # QLoRA's table (arXiv 2305.14314, appendix E), and the 4-bit floats (sign, two exponent bits, one mantissa bit).
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
@@ -470,13 +470,9 @@ def test_a_packed_weight_gives_the_plain_product(shape: tuple[int, ...], dtype: 
     assert torch.equal(layer(x), expected)
 
 
-def test_where_nothing_can_be_packed_the_plain_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant, "pack", lambda weight: torch.ops.mkldnn.no_such_function(weight))
-    quant._packs.cache_clear()
-    try:
-        layer = Linear4bit.from_weight(torch.randn(64, 64))
-        with kept(layer, torch.float32, packed=True):
-            assert layer._packed is None
-            assert layer._kept is not None
-    finally:
-        quant._packs.cache_clear()
+def test_without_onednn_the_plain_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant, "can_pack", lambda weight: False)
+    layer = Linear4bit.from_weight(torch.randn(64, 64))
+    with kept(layer, torch.float32, packed=True):
+        assert layer._packed is None
+        assert layer._kept is not None

@@ -49,12 +49,14 @@ from gpu_work import (
     Bench,
     Result,
     Still,
+    best_rates,
     compile_elementwise,
     gradients,
     heads,
     ours,
     parameters_of,
     rates,
+    ratios,
     recompute,
     reports,
     theirs,  # fmt: skip
@@ -98,6 +100,7 @@ CASES = {
     ],
 }
 SMOKE_CASES = [Case(400, rank=4), Case(300, rank=4, recompute=0.5, keep=True)]
+PAPER_REPORTS, GPUS = 4_350_000, 8  # arXiv 2408.11848's training set and machine
 EQUAL_TOKENS = 16_384  # the reports that both sides train on
 PROFILED = (Case(16_384), Case(16_384, compile=True), SMOKE_CASES[0])
 
@@ -524,15 +527,13 @@ def table(out: Path) -> str:
     if "generate" in found:
         lines.append("\nreports/s of generation, ours over theirs")
         lines += ratios(found["generate"])
+    for name in sorted({"train-8b", "train-70b"} & found.keys()):
+        if rate := best_rates(found[name]).get("ours"):
+            hours = f"{PAPER_REPORTS / GPUS / rate / 3600:.1f} h"
+            lines.append(
+                f"\n{name}: an epoch over {PAPER_REPORTS:,} reports {hours}, were {GPUS} GPUs {GPUS} times one"
+            )
     return "\n".join(lines)
-
-
-def ratios(rows: list[Result]) -> list[str]:
-    best: dict[str, float] = {}
-    for row in rows:
-        if "reports_per_second" in row:
-            best[row["side"]] = max(best.get(row["side"], 0.0), row["reports_per_second"])
-    return [f"  {side}: {best['ours'] / rate:.2f}" for side, rate in best.items() if side != "ours" and "ours" in best]
 
 
 def carry(target: Path, cuda: str) -> None:

@@ -244,6 +244,19 @@ def rates(tokens: int, reports: int, seconds: float, peak: float, count: int) ->
     }
 
 
+def best_rates(rows: list[Result]) -> dict[str, float]:
+    """Each side's most reports a second."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["side"]] = max(best.get(row["side"], 0.0), row.get("reports_per_second", 0.0))
+    return {side: rate for side, rate in best.items() if rate}
+
+
+def ratios(rows: list[Result]) -> list[str]:
+    best = best_rates(rows)
+    return [f"  {side}: {best['ours'] / rate:.2f}" for side, rate in best.items() if side != "ours" and "ours" in best]
+
+
 class Still(torch.optim.SGD):
     """Leaves weights and gradients as they are."""
 

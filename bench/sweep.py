@@ -1,10 +1,11 @@
-"""What a QLoRA step costs as its pack grows, and as the adapters' rank does: a table and a picture.
+"""What a QLoRA step costs with more reports, longer ones, and adapters of higher rank: a table and a picture.
 
     python bench/sweep.py [--pairs data/indiana/train.jsonl] [--picture docs/step.png]
 
-The model and the work are those of bench/step.py, and only `ours` runs: one pack of 1, 2, 4, ... reports at rank 64,
-then packs of 8 reports at other ranks. Each rank is a process of its own. Memory is the most resident (VmHWM) during a
-point's steps, less what was resident when the imports were done. Seconds are medians.
+The model and the work are those of bench/step.py, and only `ours` runs. Each sweep changes one thing: 1 to 64 reports
+of about the median length in a pack; 8 reports of about one length each, from the shortest to the longest of the file;
+8 reports of the median length at ranks 8 to 128. Each rank is a process of its own. Memory is the most resident (VmHWM)
+during a point's steps, less what was resident when the imports were done. Seconds are medians.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from step import SHAPE, memory
+from tqdm import tqdm
 
 from radllama.build import random_model
-from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples
+from radllama.data import INSTRUCTIONS, Prompt, Reports, Row, pack, read_examples
 from radllama.heap import keep_freed_memory
 from radllama.lora import add_lora, lora_parameters, replace_layer
 from radllama.model import LlamaConfig
@@ -34,11 +37,20 @@ from radllama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 COUNTS, RANKS, RANK, REPORTS = (1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64, 128), 64, 8
+SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # of the reports that are shorter
 STEPS = 4  # of a point; the first is not timed
+BLUE, RED = "#1f5fa8", "#b5541c"
+
+
+def about(rows: list[Row], share: float, count: int) -> list[Row]:
+    """`count` of the rows, which ascend in length, around that share of them, in random order."""
+    first = round(min(max(share * len(rows) - count / 2, 0), len(rows) - count))
+    order = np.random.default_rng(0).permutation(count)
+    return [rows[first + place] for place in order]
 
 
 def work(options: argparse.Namespace) -> None:
-    """Measure the counts of reports of one rank; one JSON line each."""
+    """Measure one rank's points, (reports in a pack, share of all that are shorter), and print a JSON line for each."""
     torch.set_num_threads(options.threads)
     before = memory("VmRSS")
     model = random_model(LlamaConfig(**SHAPE), 0, device=torch.device("cpu"), dtype=torch.float32)
@@ -51,13 +63,15 @@ def work(options: argparse.Namespace) -> None:
     prompt = Prompt(tokenizer.prompt_format, INSTRUCTIONS[:1])
     reports = Reports(
         read_examples(options.pairs), tokenizer, prompt, max_length=1024, seed=0, name=str(options.pairs))  # fmt: skip
+    rows = sorted((reports.row(index, 0) for index in range(len(reports))), key=lambda row: len(row.ids))
     keep_freed_memory()
-    for count in options.counts:
+    for count, share in options.points:
+        chosen = about(rows, share, STEPS * count)
         seconds, tokens = [], []
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         for number in range(STEPS):
-            batch = pack(sorted(reports.step(number, count), key=lambda row: len(row.ids)))
+            batch = pack(sorted(chosen[number * count :][:count], key=lambda row: len(row.ids)))
             begun = time.perf_counter()
             losses = model(
                 batch.tokens, positions=batch.positions, segments=batch.segments,
@@ -68,52 +82,54 @@ def work(options: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - begun)
             tokens.append(batch.tokens.numel())
             del losses
-        point = {"rank": options.rank, "reports": count, "tokens": statistics.median(tokens[1:])}
-        print(json.dumps(point | {"seconds": statistics.median(seconds[1:]), "gigabytes": memory("VmHWM") - before}))
+        point = {"rank": options.rank, "reports": count, "share": share, "tokens": statistics.median(tokens[1:])}
+        point |= {"seconds": statistics.median(seconds[1:]), "gigabytes": memory("VmHWM") - before}
+        print(json.dumps(point), flush=True)
 
 
 def draw(points: list[dict[str, Any]], picture: Path) -> None:
-    """Cost of a report and memory against the pack's length; both against the rank."""
+    """Seconds a report and memory: against the reports in a pack, their length, and the rank."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    packs = [point for point in points if point["rank"] == RANK]
-    ranks = sorted((point for point in points if point["reports"] == REPORTS), key=lambda point: point["rank"])
+    middle = [point for point in points if point["share"] == 0.5]
+    sweeps = [
+        ("reports", f"reports in a pack (rank {RANK})", [p for p in middle if p["rank"] == RANK]),
+        ("tokens", f"tokens in a pack of {REPORTS} reports (rank {RANK})",
+         [p for p in points if (p["rank"], p["reports"]) == (RANK, REPORTS)]),
+        ("rank", f"rank of the adapters ({REPORTS} reports)", [p for p in middle if p["reports"] == REPORTS]),
+    ]  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    tokens = [point["tokens"] for point in packs]
-    axes[0].plot(tokens, [point["seconds"] / point["reports"] for point in packs], "o-", color="#1f5fa8")
-    axes[1].plot(tokens, [point["gigabytes"] for point in packs], "o-", color="#1f5fa8")
-    for axis, what in zip(axes[:2], ("seconds a report", "GB at the most"), strict=True):
-        axis.set(xscale="log", xlabel="tokens in the pack (number: its reports)", ylabel=what, ylim=(0, None))
-        axis.set_xticks(tokens, [f"{count:.0f}" for count in tokens])
+    most = max(point["gigabytes"] for point in points) * 1.1
+    for axis, (key, label, found) in zip(axes, sweeps, strict=True):
+        found.sort(key=lambda point: point[key])
+        places = [point[key] for point in found]
+        right = axis.twinx()
+        axis.plot(places, [point["seconds"] / point["reports"] for point in found], "o-", color=BLUE)
+        right.plot(places, [point["gigabytes"] for point in found], "s--", color=RED)
+        axis.set(xscale="log", xlabel=label, ylim=(0, max(p["seconds"] / p["reports"] for p in found) * 1.1))
+        axis.set_xticks(places, [f"{place:.0f}" for place in places])
         axis.minorticks_off()
-        for point, (x, y) in zip(packs, axis.lines[0].get_xydata(), strict=True):
-            axis.annotate(str(point["reports"]), (x, y), textcoords="offset points", xytext=(0, 7), ha="center")
-    numbers = [point["rank"] for point in ranks]
-    lines = (("seconds", "o-", "#1f5fa8", "seconds a step"), ("gigabytes", "s--", "#b5541c", "GB at the most"))
-    for key, style, color, label in lines:
-        axes[2].plot(numbers, [point[key] for point in ranks], style, color=color, label=label)
-    axes[2].set(xscale="log", xlabel=f"rank of the adapters ({REPORTS} reports a step)", ylim=(0, None))
-    axes[2].set_xticks(numbers, [str(number) for number in numbers])
-    axes[2].minorticks_off()
-    axes[2].legend()
-    for axis in axes:
+        right.set_ylim(0, most)
+        axis.set_ylabel("seconds a report (circles)", color=BLUE)
+        right.set_ylabel("GB at the most (squares)", color=RED)
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        for side in (axis, right):
+            side.spines["top"].set_visible(False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A QLoRA step's seconds and memory against pack length and rank.")
+    parser = argparse.ArgumentParser(description="A QLoRA step's seconds and memory against reports, length and rank.")
     parser.add_argument("--pairs", type=Path, default=ROOT / "assets/reports/train.jsonl")
     parser.add_argument("--tokenizer", type=Path, help="a folder with Llama 3's; default: the package llama-models'")
     parser.add_argument("--picture", type=Path, default=ROOT / "runs/step.png")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--counts", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--points", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.tokenizer = options.tokenizer or Path(
         str(importlib.metadata.distribution("llama-models").locate_file("llama_models/llama3"))
@@ -122,17 +138,26 @@ def main() -> None:
         work(options)
         return
     points = []
+    several = [(count, 0.5) for count in COUNTS] + [(REPORTS, share) for share in SHARES if share != 0.5]
+    progress = tqdm(total=len(several) + len(RANKS) - 1, unit="point")
     for rank in (RANK, *(rank for rank in RANKS if rank != RANK)):
-        counts = [str(count) for count in (COUNTS if rank == RANK else (REPORTS,))]
-        command = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--counts", *counts]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for line in output.splitlines():
-            if line.startswith("{"):
-                points.append(json.loads(line))
-                point = points[-1]
-                print(f"rank {point['rank']:>3}, {point['reports']:>2} reports, {point['tokens']:>6.0f} tokens: "
-                      f"{point['seconds']:6.2f} s, {point['seconds'] / point['reports']:.3f} s a report, "
-                      f"{point['gigabytes']:.2f} GB", flush=True)  # fmt: skip
+        wanted = json.dumps(several if rank == RANK else [(REPORTS, 0.5)])
+        command = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--points", wanted]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                if not line.startswith("{"):
+                    continue
+                point = json.loads(line)
+                points.append(point)
+                progress.update()
+                progress.write(
+                    f"rank {rank:>3}, {point['reports']:>2} reports, {point['tokens']:>6.0f} tokens: "
+                    f"{point['seconds']:6.2f} s, {point['seconds'] / point['reports']:.3f} s a report, "
+                    f"{point['gigabytes']:.2f} GB"
+                )
+        if process.returncode:
+            sys.exit(f"rank {rank}: its process ended with {process.returncode}")
+    progress.close()
     draw(points, options.picture)
     print(f"wrote {options.picture}")
 

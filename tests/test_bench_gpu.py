@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def test_the_stages_without_peers(gpu: Any, tmp_path: Path) -> None:
     text = gpu.table(tmp_path)
     assert "train-70b: nothing measured" in text
     assert "computed_tokens" in text
+    best = max(row["reports_per_second"] for row in json.loads((tmp_path / "train-8b" / "results.json").read_text()))
+    assert f"train-8b: an epoch over 4,350,000 reports {4_350_000 / 8 / best / 3600:.1f} h" in text
 
 
 def test_a_failure_is_recorded_and_ends_nothing(gpu: Any, tmp_path: Path) -> None:

@@ -170,6 +170,10 @@ def open_cache(path: str | Path, tokenizer: Tokenizer, prompt: Prompt) -> Cache 
                 logger.info("%s: another process tokenises it; waiting", file)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 continue  # it may have failed: look again
+            except OSError as error:  # a file system without locks: another might build it at the same time
+                logger.info("%s: no tokenised cache is written beside it (no locks there: %s); its reports are kept in "
+                            "memory and tokenised as they are drawn", file, error.strerror)  # fmt: skip
+                return None
             header = check(folder, fingerprint)
             if header is None:
                 if folder.exists():

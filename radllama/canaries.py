@@ -28,7 +28,7 @@ from radllama.card import set_section
 from radllama.checkpoint import find_model, load_model
 from radllama.data import INSTRUCTIONS, Example, OnDemand, Prompt, check_vocabulary, pack, read_examples
 from radllama.files import replace_text
-from radllama.generate import generate
+from radllama.generate import check_similar, generate, render
 from radllama.lora import load_adapter
 from radllama.model import Llama
 from radllama.planted import candidates
@@ -75,13 +75,13 @@ def measure(
 ) -> dict[str, Any]:
     """What memorisation.json holds. `others`: random impressions that each canary is ranked among."""
     model.eval()
-    prompts = [tokenizer.render(prompt.messages(one.findings), add_generation_prompt=True)[0] for one in planted]
+    prompts = render(tokenizer, prompt, planted)
     longest = max(len(tokenizer.encode(one.impression)) for one in planted) + 8
     outputs = generate(model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=longest)
     rows = []
     for one, output in tqdm(list(zip(planted, outputs, strict=True)), desc="canaries", disable=not progress):
         drawn = [text for text in islice(candidates(one.id), others + 1) if text != one.impression][:others]
-        loss, *rest = impression_losses(model, tokenizer, prompt, one.findings, [one.impression, *drawn])
+        loss, *rest = impression_losses(model, tokenizer, prompt, prompt.question(one), [one.impression, *drawn])
         verbatim = tokenizer.decode(output).strip() == one.impression
         rows.append({"id": one.id, "verbatim": verbatim, "exposure_bits": round(exposure(loss, rest), 3)})
     bits = [row["exposure_bits"] for row in rows]
@@ -127,14 +127,14 @@ def main(arguments: list[str] | None = None) -> None:
         source = find_model(options.model)
         trained = Prompt.load(options.adapter if options.adapter else source)
         tokenizer = Tokenizer.from_dir(source, prompt_format=trained.format if trained else None)
-        instructions = trained.instructions if trained else INSTRUCTIONS
+        prompt = trained or Prompt(tokenizer.prompt_format, INSTRUCTIONS)
+        check_similar(prompt.similar, planted, options.canaries)
         model = load_model(
             source, quantize=options.quantize, dtype=getattr(torch, options.dtype), device=options.device, progress=True
         )
         check_vocabulary(tokenizer, model.config.vocab_size, source=str(source))
         if options.adapter:
             load_adapter(model, options.adapter)
-        prompt = Prompt(tokenizer.prompt_format, instructions)
         found = measure(model, tokenizer, prompt, planted, others=options.candidates, progress=True)
         folder = options.adapter or Path(options.model)
         replace_text(options.out / RESULT_FILE, json.dumps(found, indent=2) + "\n")

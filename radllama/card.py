@@ -33,7 +33,8 @@ def write_card(folder: Path, config: Config, run: Path) -> None:
     metrics = run / METRICS_FILE
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    last = {key: [r[key] for r in records if key in r][-1:] for key in ("step", "loss", "validation_loss")}
+    keys = "step", "loss", "validation_loss"  # a step with a bad loss has none
+    last = {key: [record[key] for record in records if record.get(key) is not None][-1:] for key in keys}
     base = Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path
     method: str = config.method
     if method != "full":

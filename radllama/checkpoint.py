@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from radllama.files import check_links, read_json
+from radllama.files import check_links, read_json, sync
 from radllama.lora import ALL_LINEAR, check_adapter, merged, read_adapter, replace_layer, scaling_of
 from radllama.model import Llama, LlamaConfig
 from radllama.quant import BLOCK, STATE_KEY, Linear4bit, QuantType
@@ -419,9 +419,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+    for path in (*beside.rglob("*"), beside):
+        sync(path)
     if target.exists():
         target.rename(old)
     beside.rename(target)
+    sync(target.parent)  # or a power cut may leave neither
     shutil.rmtree(old, ignore_errors=True)
 
 

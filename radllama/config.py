@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
@@ -64,6 +64,9 @@ class Data(Section):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Training(Section):
     output: str = Field(min_length=1, description="the run folder")
     epochs: float | None = Field(None, gt=0, le=1e6, description="passes over data.train; give this or steps")
@@ -75,7 +78,7 @@ class Training(Section):
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps over which the learning rate rises")
     min_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear decay end")
     optimizer: Optimizer = "adamw"
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0, description="largest gradient norm; 0 is off")

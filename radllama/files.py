@@ -166,6 +166,15 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[IO[str]]:
         beside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Write a file, or a folder's entries, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def replace_text(path: Path, text: str, *, private: bool = False) -> None:
     with replacing(path, private=private) as file:
         file.write(text)

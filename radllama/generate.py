@@ -79,6 +79,15 @@ def predict(
     return [rows[place] for place in range(len(examples))]
 
 
+def check_similar(similar: int, examples: list[Example], file: Path) -> None:
+    """ValueError where a model was trained with `similar` reports in its prompts, and a file's examples have none."""
+    if similar and any("similar" not in example.fields for example in examples):
+        raise ValueError(
+            f"{file}: this model was trained with {similar} impressions of similar reports in every prompt; "
+            "add them with python -m radllama.similar, from the same training file"
+        )
+
+
 def render(tokenizer: Tokenizer, prompt: Prompt, examples: list[Example]) -> list[list[int]]:
     return [tokenizer.render(prompt.messages(prompt.question(e)), add_generation_prompt=True)[0] for e in examples]
 
@@ -176,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with Ranks() as ranks:
             written = _run(options, ranks)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     for file, rows in written.items():
@@ -194,6 +203,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
         raise ValueError("--consensus: expected at least 1, and with more a --temperature above 0 (0.6, say)")
     if options.corpus and options.temperature > 0:
         raise ValueError("--corpus: drafts serve greedy decoding alone; leave it out with a --temperature")
+    if options.output.is_dir():
+        raise ValueError(f"--output: {options.output} is a folder; give the file to write")
     if not options.output.parent.is_dir():
         raise ValueError(f"--output: the folder {options.output.parent} does not exist")
     examples = read_examples(options.input, need_impression=False)[: options.limit]
@@ -203,11 +214,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
     source = find_model(options.model)
     trained = Prompt.load(options.adapter if options.adapter else source)
     similar = trained.similar if trained else 0
-    if similar and any("similar" not in example.fields for example in examples):
-        raise ValueError(
-            f"{options.input}: this model was trained with {similar} impressions of similar reports in every prompt; "
-            "add them with python -m radllama.similar, from the same training file"
-        )
+    check_similar(similar, examples, options.input)
     prompt_format = options.prompt_format or (trained.format if trained else None)
     tokenizer = Tokenizer.from_dir(source, prompt_format=prompt_format)
     wordings = _wordings(options, (trained.instructions if trained else INSTRUCTIONS)[0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from radllama.config import Training
 from radllama.data import Pack
 from radllama.files import some
-from radllama.run import TrainingError
+from radllama.run import TrainingError, writing
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
 WINDOW, ENOUGH = 32, 8  # good losses that say what is usual; the fewest that do
@@ -74,7 +74,7 @@ class Guard:
         ids = ids or [name for name, _ in reports]
         stop = self.policy == "stop" or self.skipped >= MOST_SKIPPED
         if folder is not None:
-            with (folder / BAD_STEPS_FILE).open("a", encoding="utf-8") as file:
+            with writing(folder / BAD_STEPS_FILE), (folder / BAD_STEPS_FILE).open("a", encoding="utf-8") as file:
                 action = "stopped" if stop else "skipped"
                 value = loss if math.isfinite(loss) else None
                 file.write(
@@ -85,7 +85,10 @@ class Guard:
         told = f"step {step}: {fault}; reports: {some(ids)} ({BAD_STEPS_FILE})"
         if stop:
             often = f", the {self.skipped}th bad step in a row" if self.skipped > 1 else ""
-            raise TrainingError(f"{told}{often}. The step was not taken; --resume starts from the last checkpoint")
+            raise TrainingError(
+                f"{told}{often}. The step was not taken; --resume starts from the "
+                "last checkpoint, and with --set training.on_bad_loss=skip passes over such steps"
+            )
         return f"{told}; skipped"
 
     def state(self) -> dict[str, Any]:

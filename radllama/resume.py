@@ -23,13 +23,14 @@ import deepspeed.comm as dist
 import torch.distributed
 
 from radllama.config import Config
-from radllama.files import replace_text
+from radllama.files import read_json, replace_text, sync
 from radllama.reshard import load_resharded, obstacle
-from radllama.run import TrainingError, writing
+from radllama.run import DATA_FILE, TrainingError, writing
 
 logger = logging.getLogger("radllama")
 
-MANIFEST, LATEST, DATA_FILE = "manifest.json", "latest", "data.json"
+MANIFEST, LATEST = "manifest.json", "latest"
+SAMPLES, SAMPLE = 256, 2**16  # of a large file: places, and bytes at each
 OF_RANK = re.compile(r"(?:zero_pp_rank_|/rank)(\d+)")
 
 
@@ -58,11 +59,9 @@ class Checkpoints:
         parts = everyones(files, self.world)
         if self.rank == 0:
             with writing(folder):
-                manifest = state | {
-                    "step": step,
-                    "world": self.world,
-                    "files": {k: v for p in parts for k, v in p.items()},
-                }
+                files = {name: facts for part in parts for name, facts in part.items()}
+                manifest = state | {"step": step, "world": self.world, "files": files}
+                manifest["checksum"] = checksum(manifest)
                 replace_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
                 sync(partial)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -122,10 +121,10 @@ class Checkpoints:
     def faults(self, folder: Path) -> list[str]:
         """What is wrong with this rank's share of a checkpoint's files."""
         try:
-            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            shares = [name for number, name in enumerate(sorted(files)) if number % self.world == self.rank]
-        except (OSError, ValueError, KeyError, TypeError):
-            return [f"{MANIFEST} cannot be read"]
+            files = read_manifest(folder)["files"]
+        except (OSError, ValueError) as error:
+            return [f"{MANIFEST}: {error}"]
+        shares = [name for number, name in enumerate(sorted(files)) if number % self.world == self.rank]
         wrong = []
         for name in shares:
             try:
@@ -139,7 +138,7 @@ class Checkpoints:
         return wrong
 
     def _load(self, engine: Any, folder: Path) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
         if manifest["world"] != self.world:
             if self.rank == 0:
                 logger.info("%s was written by %d ranks: cut anew for %d", folder, manifest["world"], self.world)
@@ -156,8 +155,8 @@ def check_ranks(config: Config, folder: Path, world: int) -> None:
     reason = obstacle(config)
     for manifest in sorted(folder.glob(f"checkpoints/step_*/{MANIFEST}"), reverse=bool(reason)):
         try:
-            then = json.loads(manifest.read_text(encoding="utf-8"))["world"]
-        except (OSError, ValueError, LookupError, TypeError):
+            then = read_manifest(manifest.parent)["world"]
+        except (OSError, ValueError):
             continue  # damaged: passed over with the rest of it
         if reason and then != world:
             raise ValueError(
@@ -166,27 +165,28 @@ def check_ranks(config: Config, folder: Path, world: int) -> None:
             )
 
 
-def check_data(config: Config, folder: Path, *, rank: int, world: int) -> None:
-    """The data files must be those the run began with, on every rank: a step's reports are drawn by their number.
+def check_data(config: Config, folder: Path, source: Path, *, rank: int, world: int) -> None:
+    """Data and base model must be those the run began with, on every rank: a step's reports are drawn by their number,
+    and a checkpoint holds no frozen weights.
 
-    Their fingerprints stand in the run folder. ValueError names the file that differs.
+    Their fingerprints stand in the run folder. ValueError names what differs. `source`: the base model's folder.
     """
-    paths = {"train": config.data.train} | ({"validation": config.data.validation} if config.data.validation else {})
-    mine = {f"data.{key}": fingerprint(Path(path)) for key, path in paths.items()}
+    paths = {"data.train": Path(config.data.train), "model.path": source}
+    if config.data.validation:
+        paths["data.validation"] = Path(config.data.validation)
+    mine = {key: model_fingerprint(path) if path == source else fingerprint(path) for key, path in paths.items()}
     for number, theirs in enumerate(everyones(mine, world)):
         for key in mine:
             if theirs[key] != mine[key]:
-                raise ValueError(f"{key}: rank {number} reads another file than rank {rank} under this name")
+                raise ValueError(f"{key}: rank {number} reads something else than rank {rank} under this name")
     file = folder / DATA_FILE
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else mine
+    before = read_json(file) if file.exists() else mine
     for key in mine:
-        if before[key] != mine[key]:
-            raise ValueError(
-                f"{key}: {paths[key.removeprefix('data.')]} has changed since this run began "
-                f"({before[key]['bytes']} bytes then, {mine[key]['bytes']} now); restore it, or start a new run"
-            )
+        if before.get(key) != mine[key]:
+            raise ValueError(f"{key}: {paths[key]} has changed since this run began; restore it, or start a new run")
     if rank == 0 and not file.exists():
-        replace_text(file, json.dumps(mine, indent=1) + "\n")
+        with writing(file):
+            replace_text(file, json.dumps(mine, indent=1) + "\n")
 
 
 def everyones(value: Any, world: int) -> list[Any]:
@@ -206,10 +206,30 @@ def fingerprint(path: Path, *, sync: bool = False) -> dict[str, Any]:
         return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
 
 
-def sync(folder: Path) -> None:
-    """Write a folder's entries through to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def model_fingerprint(folder: Path) -> dict[str, Any]:
+    """Size and checksum of a model's weights, config and tokenizer; of large files 256 samples of 64 KiB each."""
+    patterns = ("*.safetensors", "config.json", "tokenizer*")
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for file in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        size = file.stat().st_size
+        total += size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            for place in range(0, size, max(SAMPLE, size // SAMPLES)):
+                content.seek(place)
+                digest.update(content.read(SAMPLE))
+    return {"bytes": total, "blake2b": digest.hexdigest()}
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; ValueError where it is not what `save` wrote."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != checksum(manifest):
+        raise ValueError("its own checksum is another")
+    if manifest["step"] != int(folder.name.removeprefix("step_")):
+        raise ValueError(f"it is of step {manifest['step']}")
+    return manifest

@@ -20,11 +20,19 @@ import torch
 from safetensors import SafetensorError
 
 from radllama.config import Config
-from radllama.files import replace_text
+from radllama.files import read_json, replace_text
 
 logger = logging.getLogger("radllama")
 
-CONFIG_FILE, METRICS_FILE, LOCK_FILE = "config.json", "metrics.jsonl", ".lock"
+CONFIG_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE = "config.json", "data.json", "metrics.jsonl", ".lock"
+# What --resume may change: no step that was done hangs on it.
+CHANGEABLE = {
+    f"training.{key}"
+    for key in (
+        *("output", "save_every", "validate_every", "keep_checkpoints"),
+        *("on_bad_loss", "loss_spike", "gradient_checkpointing"),
+    )
+}
 PATIENCE = 10.0  # seconds: the ranks of a run whose launcher was killed are gone by then
 
 
@@ -51,27 +59,43 @@ def writing(what: Path) -> Iterator[None]:
 def claim_run_folder(config: Config, resume: bool) -> Path:
     """The run folder of a config; ValueError where it holds something else, or is read-only. Writes nothing."""
     folder = Path(config.training.output)
-    file = folder / CONFIG_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"training.output: {folder} is a file")
-    if file.exists():
-        changed = changed_keys(json.loads(file.read_text(encoding="utf-8")), config.resolved())
+    found = entries(folder)
+    run = read_json(folder / CONFIG_FILE) if CONFIG_FILE in found else {}
+    if found and "training" not in run:
+        raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
+    if resume and not run:
+        raise ValueError(f"--resume: {folder} holds no run; start without --resume")
+    if has_begun(folder):
+        changed = [key for key in changed_keys(run, config.resolved()) if key not in CHANGEABLE]
         if changed:
+            way = "set back what differs, or choose" if resume else "choose"
             raise ValueError(
-                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); choose another"
+                f"training.output: {folder} holds a run with another config ({', '.join(changed)}); {way} another"
             )
         if not resume:
             raise ValueError(
                 f"training.output: {folder} holds this run already; continue it with --resume, or remove it"
             )
-    elif resume:
-        raise ValueError(f"--resume: {folder} holds no run; start without --resume")
-    elif folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
-        raise ValueError(f"training.output: {folder} exists and is not a run folder; choose another")
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ValueError(f"training.output: nothing can be written to {place} (read-only); choose another")
     return folder
+
+
+def entries(folder: Path) -> set[str]:
+    """What a folder holds, but for the lock and what a write that was cut off has left."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return {name for name in names - {LOCK_FILE} if not (name.startswith(".") and name.endswith(".tmp"))}
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has done a step there. One that ended before left its config at most, and may start anew."""
+    metrics = folder / METRICS_FILE
+    return not entries(folder) <= {CONFIG_FILE, DATA_FILE, METRICS_FILE} or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 class RunLock:
@@ -138,8 +162,11 @@ class RunLock:
 
 
 def write_config(config: Config, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / CONFIG_FILE, json.dumps(config.resolved(), indent=2, ensure_ascii=False) + "\n")
+    with writing(folder / CONFIG_FILE):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not has_begun(folder):
+            (folder / DATA_FILE).unlink(missing_ok=True)
+        replace_text(folder / CONFIG_FILE, json.dumps(config.resolved(), indent=2, ensure_ascii=False) + "\n")
 
 
 def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
@@ -153,18 +180,26 @@ def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, flushed at once."""
 
-    def __init__(self, folder: Path, *, keep_below: int) -> None:
-        """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones)."""
-        path, kept = folder / METRICS_FILE, []
-        if keep_below and path.exists():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= keep_below]  # the last may have been cut off
-        replace_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, *, keep_below: int, validated: bool = True) -> None:
+        """Keep the lines of the first `keep_below` steps (a resumed run repeats the later ones).
+
+        validated: whether the last of these was validated; else its line goes, too.
+        """
+        self.path, kept = folder / METRICS_FILE, []
+        if keep_below and self.path.exists():
+            whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            for line in whole:  # the last may have been cut off
+                record = json.loads(line)
+                again = record["step"] == keep_below and "validation_loss" in record and not validated
+                kept += [line] if record["step"] <= keep_below and not again else []
+        with writing(self.path):
+            replace_text(self.path, "".join(f"{line}\n" for line in kept))
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
 
 class PeakMemory:
@@ -207,5 +242,6 @@ def draw_losses(folder: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    with writing(folder / "loss.png"):
+        figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from radllama import duplicates
 from radllama.datacard import LABELS
+
+logger = logging.getLogger("radllama")
 
 KEPT = np.dtype(
     [("id", "u8"), ("pair", "u8"), ("findings", "u8"), ("impression", "u8"), ("patient", "u8"), ("date", "i4"),
@@ -45,10 +48,12 @@ class Store:
         self._lock = (folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"{folder.parent}: another run writes there; wait for it, or choose another --out"
             ) from None
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s); start no second run there", folder, error.strerror)
         self._journal = folder / "journal.jsonl"
         self._open: list[Any] = []
         self.entries = self._found()

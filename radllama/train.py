@@ -137,7 +137,7 @@ def prepare(
         write_config(config, folder)
     dist.barrier()
     lock.share()
-    check_data(config, folder, rank=place.rank, world=place.world)
+    check_data(config, folder, source, rank=place.rank, world=place.world)
     seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
     model = build_model(
         config, source, device=place.device, dtype=place.dtype, progress=place.rank == 0,
@@ -177,10 +177,13 @@ class Run:
         """Batch, forward, backward, step; log, validate, save."""
         t, place, engine = self.config.training, self.place, self.engine
         total = t.steps or max(1, round((t.epochs or 0) * len(training) / t.batch_size))
-        first = self.resume(total) if resume else 0
-        log = MetricsLog(self.folder, keep_below=first) if place.rank == 0 else None
+        first, due = self.resume(total) if resume else (0, False)
+        log = MetricsLog(self.folder, keep_below=first, validated=not due) if place.rank == 0 else None
         bar = tqdm(total=total, initial=first, desc="train", unit="step", disable=place.rank != 0, mininterval=0.5)
         started, memory = time.monotonic(), PeakMemory(place.device)
+        if due and validation is not None and not self.validate(validation, first, log):
+            self.stop(bar, first, total)
+            return
 
         for step in range(first, total):
             begun = time.monotonic()
@@ -236,13 +239,15 @@ class Run:
             self.monitor({"Train/loss": loss, "Train/learning_rate": learning_rate}, step + 1)
 
             last = step + 1 == total
-            if validation is not None and (last or (t.validate_every and (step + 1) % t.validate_every == 0)):
-                self.validate(validation, step + 1, log)
-            if last or signalled or (t.save_every and (step + 1) % t.save_every == 0):
-                self.checkpoints.save(engine, step + 1, {"best": self.best, "guard": self.guard.state()})
-            if signalled and not last:
-                bar.close()
-                logger.info("stopped by a signal after step %d of %d; saved; continue with --resume", step + 1, total)
+            due = validation is not None and (last or bool(t.validate_every and (step + 1) % t.validate_every == 0))
+            if due and validation is not None and not signalled:
+                due = not self.validate(validation, step + 1, log)
+            stop = signalled or due  # a signal may have come within the validation
+            if last or stop or (t.save_every and (step + 1) % t.save_every == 0):
+                state = {"best": self.best, "guard": self.guard.state(), "validation_due": due}
+                self.checkpoints.save(engine, step + 1, state)
+            if stop:
+                self.stop(bar, step + 1, total)
                 return
         bar.close()
         self.save_weights("last")
@@ -250,16 +255,20 @@ class Run:
             draw_losses(self.folder)
         dist.barrier()
 
-    def resume(self, total: int) -> int:
-        """Continue from the last good checkpoint; returns the number of steps it has done."""
+    def stop(self, bar: Any, step: int, total: int) -> None:
+        bar.close()
+        logger.info("stopped by a signal after step %d of %d; saved; continue with --resume", step, total)
+
+    def resume(self, total: int) -> tuple[int, bool]:
+        """Continue from the last good checkpoint: the steps it has done, and whether their validation is due."""
         state = self.checkpoints.load(self.engine)
         if state is None:
             logger.info("no checkpoint was completed before the run ended: from the first step")
-            return 0
+            return 0, False
         self.best = state["best"]
         self.guard.load(state["guard"])
         logger.info("resumed from step %d of %d", state["step"], total)
-        return int(state["step"])
+        return int(state["step"]), bool(state["validation_due"])
 
     def forward(self, batch: Pack) -> Tensor:
         """The cross-entropy of every supervised token of a pack (N,), fp32."""
@@ -273,8 +282,8 @@ class Run:
         )
         return losses
 
-    def validate(self, reports: Reports, step: int, log: MetricsLog | None) -> None:
-        """Token-weighted loss over all validation reports; the best weights so far are saved."""
+    def validate(self, reports: Reports, step: int, log: MetricsLog | None) -> bool:
+        """Token-weighted loss over all validation reports; the best weights so far are saved. False: a signal came."""
         place, t = self.place, self.config.training
         sums = [0.0, 0.0]  # loss, supervised tokens
         self.engine.eval()
@@ -286,6 +295,8 @@ class Run:
                 if not spare:
                     sums[0] += float(losses.sum())
                     sums[1] += len(losses)
+                if self.signalled():
+                    return False
         total, supervised = global_sums(sums, place)
         loss = total / supervised
         if log is not None:
@@ -295,6 +306,11 @@ class Run:
         if loss < self.best:
             self.best = loss
             self.save_weights("best")
+        return True
+
+    def signalled(self) -> bool:
+        """Whether any rank has got a signal: the same answer on all."""
+        return bool(global_sums([float(self.watch.signal is not None)], self.place)[0])
 
     def monitor(self, values: dict[str, float], step: int) -> None:
         """To DeepSpeed's monitors (TensorBoard, CSV, W&B), where its section asks for one."""
@@ -422,6 +438,7 @@ def needs_checkpointing(config: Config, model: Llama, reports: Reports, place: P
     else:
         free = psutil.virtual_memory().available // place.world
     on = needed > 0.7 * free  # the rest: logits, gradients, optimizer, fragmentation
+    on = any(everyones(on, place.world))  # one answer for all: under ZeRO-3 a layer that runs again gathers again
     logger.info("activations of %d tokens need %.1f GB of %.1f GB free: gradient checkpointing %s",
                 tokens, needed / 2**30, free / 2**30, "on" if on else "off")  # fmt: skip
     return on
@@ -564,7 +581,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (TrainingError, OSError) as error:
         sys.exit(f"error (rank {rank}): {error}")
-    if rank == 0:
+    if rank == 0 and (folder / "last").exists():
         print(f"wrote {folder}")
 
 

@@ -454,6 +454,18 @@ def test_a_finished_cache_serves_in_a_folder_that_cannot_be_written(
     assert len(opened(file, tokenizer)) == 5
 
 
+def test_without_locks_reports_are_kept_in_memory(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: Any, kind: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    with caplog.at_level(logging.INFO):
+        assert open_cache(write_pairs(tmp_path / "train.jsonl", synthetic_examples(5)), tokenizer, PROMPT) is None
+    assert "no locks there: Function not implemented" in caplog.text
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,16 +137,45 @@ def test_a_model_that_learnt_canaries_by_heart_gives_them_back(
     assert all(row["impression"] not in capsys.readouterr().out for row in planted)
 
 
+def test_a_model_trained_with_similar_reports_is_measured_with_them(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = random_llama(tiny_config(vocab_size=tokenizer.vocab_size))
+    prompt = Prompt("llama3", PROMPT.instructions, similar=1)
+    planted = [Example(**row, fields={"similar": ["No acute disease."]}) for row in canaries(1, "similar")]
+    asked: list[str] = []
+    questions = prompt.question(planted[0])
+    monkeypatch.setattr(
+        module, "impression_losses", lambda m, t, p, question, texts: asked.append(question) or [1.0] * len(texts)
+    )
+    monkeypatch.setattr(
+        module, "generate", lambda m, prompts, **_: [asked.append(tokenizer.decode(ids)) or [] for ids in prompts]
+    )
+    measure(model, tokenizer, prompt, planted, others=1)
+    assert questions in asked[0]
+    assert asked[1] == questions
+    assert "No acute disease." in questions
+    save_model(model, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    prompt.save(tmp_path / "model")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in canaries(1, "similar")))
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path / "model"), "--canaries", str(tmp_path / "c.jsonl"), "--out", str(tmp_path)])
+    assert "python -m radllama.similar" in capsys.readouterr().err
+
+
 def test_a_card_holds_no_path_and_takes_sections(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("x")
     raw = {"model": {"path": str(tmp_path)}, "method": "lora", "data": {"train": str(tmp_path / "train.jsonl")}}
     config = parse_config(raw | {"training": {"output": str(tmp_path / "run"), "steps": 1}})
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 3, "validation_loss": 0.25}\n{"st')
+    lines = '{"step": 2, "loss": 0.5}\n{"step": 3, "loss": null}\n{"step": 3, "validation_loss": 0.25}\n{"st'
+    (tmp_path / "run/metrics.jsonl").write_text(lines)
     write_card(tmp_path, config, tmp_path / "run")
     card = (tmp_path / "README.md").read_text()
     assert str(tmp_path) not in card
-    assert "| validation loss | 0.25 |" in card
+    assert "| step | 3 |\n| loss | 0.5 |\n| validation loss | 0.25 |" in card
     set_section(tmp_path, "Memorisation", r"None \1.")
     set_section(tmp_path, "More", "text")
     set_section(tmp_path, "Memorisation", "Again.")

@@ -551,6 +551,22 @@ def test_nothing_is_lost_where_a_process_ends_between_the_renames(
     assert files_of(tmp_path) == {"a/old": b""}
 
 
+def test_a_folder_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut after the old one's removal must find the new one's content."""
+    (tmp_path / "a").mkdir()
+    done: list[tuple[str, str]] = []
+    rename = Path.rename
+    monkeypatch.setattr(checkpoint, "sync", lambda path: done.append(("sync", path.name)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append(("rename", path.name)) or rename(path, to))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: done.append(("remove", path.name)))
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "original").mkdir()
+        (folder / "original/file").touch()
+    assert done[:2] == [("remove", "a.partial"), ("remove", "a.replaced")]
+    assert set(done[2:5]) == {("sync", "original"), ("sync", "file"), ("sync", "a.partial")}
+    assert done[5:] == [("rename", "a"), ("rename", "a.partial"), ("sync", tmp_path.name), ("remove", "a.replaced")]
+
+
 def test_side_files_come_with_the_model_or_not_at_all(
     folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

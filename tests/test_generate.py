@@ -159,3 +159,9 @@ def test_consensus_needs_a_temperature(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         module.main(["--model", "m", "--input", "x", "--output", str(tmp_path / "o"), "--consensus", "4"])
     assert "--consensus" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["--model", "m", "--input", "x", "--output", str(tmp_path)])
+    assert f"--output: {tmp_path} is a folder; give the file to write" in capsys.readouterr().err

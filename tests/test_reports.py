@@ -262,6 +262,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first.close()
 
 
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: Any, kind: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    store.Store(tmp_path / ".work", "a").close()
+    assert "has no locks (Function not implemented); start no second run there" in caplog.text
+
+
 def test_without_the_extra_exact_duplicates_still_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,10 +109,57 @@ def test_data_must_be_as_it_was_when_the_run_began(tmp_path: Path) -> None:
 
     (tmp_path / "t").write_text("one\n")
     (tmp_path / "v").write_text("two\n")
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(bytes(1000))
     both = config(validation=str(tmp_path / "v"))
+
+    def check(config: Config = both) -> None:
+        check_data(config, tmp_path, tmp_path / "model", rank=0, world=1)
+
     for _ in range(2):
-        check_data(both, tmp_path, rank=0, world=1)
+        check()
     (tmp_path / "v").write_text("TWO\n")
-    with pytest.raises(ValueError, match=r"data.validation: .*/v has changed since this run began \(4 bytes then, 4 "):
-        check_data(both, tmp_path, rank=0, world=1)
-    check_data(config(), tmp_path, rank=0, world=1)
+    with pytest.raises(ValueError, match=r"data.validation: .*/v has changed since this run began; restore it"):
+        check()
+    check(config())
+    weights.write_bytes(bytes(999) + b"1")
+    with pytest.raises(ValueError, match=r"model.path: .*/model has changed since this run began; restore it"):
+        check(config())
+
+
+def test_a_large_models_fingerprint_reads_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "SAMPLES", 4)
+    monkeypatch.setattr(resume, "SAMPLE", 8)
+    file = tmp_path / "model.safetensors"
+
+    def with_one_at(place: int, size: int = 400) -> dict[str, Any]:
+        content = bytearray(size)
+        content[place] = 1
+        file.write_bytes(content)
+        return resume.model_fingerprint(tmp_path)
+
+    seen = {place: with_one_at(place)["blake2b"] for place in range(400)}
+    unseen = [place for place in seen if place % 100 >= 8]
+    assert len({seen[place] for place in unseen}) == 1
+    assert len(set(seen.values())) == 1 + 4 * 8
+    assert with_one_at(50, 401) != with_one_at(50, 400)
+    file.rename(tmp_path / "other.safetensors")
+    assert resume.model_fingerprint(tmp_path)["blake2b"] != seen[50]
+
+
+def test_a_manifest_in_which_any_bit_has_flipped_is_passed_over(make: Any) -> None:
+    checkpoints, engine = make(keep=2), Engine()
+    for step in (2, 4):
+        checkpoints.save(engine, step, {"best": 1.5, "guard": {"recent": [1.0], "skipped": 0}})
+    manifest = checkpoints.folder / "step_00000004/manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        for bit in (1, 4, 32):
+            manifest.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            found = checkpoints.load(engine)
+            assert found["step"] == 2, (place, bit, manifest.read_bytes())
+    manifest.write_bytes((checkpoints.folder / "step_00000002/manifest.json").read_bytes())
+    assert checkpoints.load(engine)["step"] == 2  # a whole one, of another step
+    manifest.write_bytes(whole)
+    assert checkpoints.load(engine)["step"] == 4

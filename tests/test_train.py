@@ -21,6 +21,7 @@ from radllama import train as module
 from radllama.checkpoint import load_model, save_model
 from radllama.config import Config, parse_config
 from radllama.lora import load_adapter
+from radllama.resume import checksum, read_manifest
 from radllama.tokenizer import Tokenizer
 from radllama.train import TrainingError, learning_rate_at, train
 
@@ -289,6 +290,63 @@ def test_a_skipped_step_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPa
     assert 0 < len(line["ids"]) < config["training"].get("batch_size", 8)
 
 
+@pytest.mark.parametrize(("step", "training"), [(2, True), (2, False), (4, True), (4, False)])
+def test_a_signal_saves_before_the_validation_which_is_made_up_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch, step: int, training: bool
+) -> None:
+    """It comes within a step, or within the validation after it, which a grace of seconds may be too short for."""
+    whole = train(parse_config(make("whole", validate_every=2)))
+    config, forward = parse_config(make("run", validate_every=2)), module.Run.forward
+
+    def interrupted(run: module.Run, batch: Any) -> Any:
+        if (run.engine.global_steps + run.engine.module.training, run.engine.module.training) == (step, training):
+            run.watch.signal = "SIGTERM"
+        return forward(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "forward", interrupted)
+        run = train(config)
+    assert records(run, "step")[-1] == {"step": step}
+    assert "validation_loss" not in records(run, "validation_loss")[-1]
+    assert not (run / "last").exists()
+    assert read_manifest(run / f"checkpoints/step_{step:08d}")["validation_due"]
+    train(config, resume=True)
+    keys = "step", "loss", "validation_loss"
+    assert records(run, *keys) == records(whole, *keys)
+    for name in ("best", "last"):
+        expected, found = weights(whole / name), weights(run / name)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_ranks_recompute_activations_together(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank with too little free memory is enough: under ZeRO-3 what runs again is gathered again by all."""
+    found = []
+
+    def seen(config: Config, model: Any, place: Any) -> Any:
+        found.append(model.model.gradient_checkpointing)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "start_engine", seen)
+    for others in (False, True):
+        monkeypatch.setattr(module, "everyones", lambda value, world, others=others: [value, others])
+        with pytest.raises(ValueError, match="enough"):
+            train(parse_config(make("run")))
+    assert found == [False, True]
+
+
+def test_a_run_that_ends_with_a_bad_step_is_written(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = module.Run.forward
+
+    def poisoned(run: module.Run, batch: Any) -> Any:
+        losses = forward(run, batch)
+        return losses * float("nan") if run.engine.module.training and run.engine.global_steps == 3 else losses
+
+    monkeypatch.setattr(module.Run, "forward", poisoned)
+    run = train(parse_config(make("run", on_bad_loss="skip")))
+    assert records(run, "loss")[3] == {"loss": None}
+    assert f"| loss | {records(run, 'loss')[2]['loss']:.6g} |" in (run / "last/README.md").read_text()
+
+
 def test_data_weights_reach_training_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = make("run", steps=1)
     lines = [json.loads(line) for line in Path(raw["data"]["train"]).read_text().splitlines()]
@@ -329,7 +387,8 @@ def test_ranks_that_cannot_go_on_are_refused_before_anything_is_loaded(
     raw = make("run", steps=2, optimizer="adamw_8bit")
     folder = train(parse_config(raw))
     manifest = folder / "checkpoints/step_00000002/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"world": 3}))
+    facts = read_manifest(manifest.parent) | {"world": 3}
+    manifest.write_text(json.dumps(facts | {"checksum": checksum(facts)}))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(module, "build_model", None)
     with pytest.raises(ValueError, match=r"written by 3 ranks, and these are 1; with .*adamw_8bit.*: start 3"):

@@ -240,7 +240,7 @@ class Run:
 
             last = step + 1 == total
             due = validation is not None and (last or bool(t.validate_every and (step + 1) % t.validate_every == 0))
-            if due and validation is not None and not signalled:
+            if due and validation is not None:
                 due = not self.validate(validation, step + 1, log)
             stop = signalled or due  # a signal may have come within the validation
             if last or stop or (t.save_every and (step + 1) % t.save_every == 0):
@@ -289,14 +289,14 @@ class Run:
         self.engine.eval()
         with torch.no_grad():
             for rows in in_order(reports, max(place.world, t.batch_size // t.accumulation)):
+                if self.signalled():
+                    return False
                 packs = spread(rows, min(place.world, len(rows)))
                 spare = place.rank >= len(packs)  # fewer reports than ranks: run along (ZeRO-3 gathers), count nothing
                 losses = self.forward(pack(packs[0 if spare else place.rank]))
                 if not spare:
                     sums[0] += float(losses.sum())
                     sums[1] += len(losses)
-                if self.signalled():
-                    return False
         total, supervised = global_sums(sums, place)
         loss = total / supervised
         if log is not None:

@@ -295,8 +295,8 @@ def test_a_signal_saves_before_the_validation_which_is_made_up_for(
     make: Make, monkeypatch: pytest.MonkeyPatch, step: int, training: bool
 ) -> None:
     """It comes within a step, or within the validation after it, which a grace of seconds may be too short for."""
-    whole = train(parse_config(make("whole", validate_every=2)))
-    config, forward = parse_config(make("run", validate_every=2)), module.Run.forward
+    whole = train(parse_config(make("whole", validate_every=2, batch_size=4)))
+    config, forward = parse_config(make("run", validate_every=2, batch_size=4)), module.Run.forward
 
     def interrupted(run: module.Run, batch: Any) -> Any:
         if (run.engine.global_steps + run.engine.module.training, run.engine.module.training) == (step, training):

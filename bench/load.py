@@ -206,7 +206,7 @@ def rank(folder: Path, what: str, output: Path) -> None:
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
-    partition = partition_of(settings, torch.device("cpu"))
+    partition = partition_of(settings, torch.device("cpu"), torch.bfloat16)
     assert partition is not None
     warm_up(what)
     partition(nn.Parameter(torch.zeros(64)))

@@ -154,6 +154,8 @@ def _contradictions(config: Config) -> list[str]:
     zero = section.get("zero_optimization")
     if config.quantization.keep_dequantized and isinstance(zero, dict) and zero.get("stage") == 3:
         problems.append("quantization.keep_dequantized: would hold on every rank what ZeRO-3 divides; remove it")
+    if isinstance(zero, dict):
+        problems += [f"deepspeed.zero_optimization.{problem}" for problem in _offloading(config.method, zero)]
     same = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.training.accumulation,
@@ -170,6 +172,31 @@ def _contradictions(config: Config) -> list[str]:
             if bool(value.get("enabled", True)) == (config.training.dtype == dtype):
                 continue
         problems.append(f"deepspeed.{key}: {value!r} is set by {source}; remove it here")
+    return problems
+
+
+def _offloading(method: Method, zero: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would accept and not do, or give up on in the middle of a run."""
+    parts = {key: zero.get(key) for key in ("offload_param", "offload_optimizer")}
+    param, optimizer = (part if isinstance(part, dict) else {} for part in parts.values())
+    problems = []
+    for key, part, devices in (("offload_param", param, ("cpu", "nvme")), ("offload_optimizer", optimizer, ("nvme",))):
+        if (device := part.get("device")) in devices and zero.get("stage", 1) != 3:
+            problems.append(f"{key}: {device} needs stage 3; set zero_optimization.stage, or remove it")
+        if device == "nvme" and not part.get("nvme_path"):
+            problems.append(f"{key}.nvme_path: missing; name a folder on a local disk")
+    if optimizer.get("device") == "nvme":
+        at_once = 4 * (1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write")))
+        if optimizer.get("buffer_count", at_once) < at_once:
+            problems.append(f"offload_optimizer.buffer_count: Adam needs {at_once} with these settings; set {at_once}")
+    if param.get("device") == "nvme":
+        ahead = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+        reason = "what is fetched ahead, or kept, would take all buffers of offload_param; remove it"
+        problems += [f"{key}: {reason}" for key in ahead if zero.get(key, 0) != 0]
+        if optimizer.get("fast_init"):
+            problems.append("offload_optimizer.fast_init: is not for parameters on nvme; remove it")
+        if method != "full" and "max_in_cpu" in param:
+            problems.append("offload_param.max_in_cpu: adapters stay in memory; remove it")
     return problems
 
 

@@ -26,7 +26,16 @@ from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples, sp
 from radllama.dry_run import PackShape, Pass, meta_model, micro_step, weights_of
 from radllama.model import LlamaConfig
 from radllama.tokenizer import Tokenizer
-from radllama.zero import Training, Zero, gathered_bytes, gradients_before, phases_of_step, resident_of, weight_bytes
+from radllama.zero import (
+    Training,
+    Zero,
+    gathered_bytes,
+    gradients_before,
+    offloaded_weights,
+    phases_of_step,
+    resident_of,
+    weight_bytes,
+)
 
 GB = 2**30
 # A GPU: the CUDA context with cuBLAS' workspaces, NCCL's channels with more than one rank, what the caching allocator
@@ -116,7 +125,9 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
     resident, host, disk = resident_of(job, zero)
     if zero.offload_param != "none" and zero.stage == 3:
         moved = {kind: weights.pop(kind) for kind in list(weights)}
-        host["weights"] = sum(moved.values())
+        largest = max(weight.numel for weight in parameters)
+        beside, swapped = offloaded_weights(job, zero, sum(moved.values()), largest)
+        host, disk = host | beside, disk + swapped
     base = weights | resident
     if config.method == "qlora" and config.quantization.keep_dequantized:
         codes = sum(weight.size * weight.times for weight in parameters if weight.kind == "4-bit codes")

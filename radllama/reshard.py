@@ -8,6 +8,7 @@ for bit, and never holds the whole; DeepSpeed then loads it as if this rank had 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,61 @@ def load_resharded(engine: Any, folder: Path, *, then: int, rank: int, world: in
     if stage < 3:
         optimizer.load_state_dict([mine] * world, load_from_fp32_weights=True)
         return
-    counters = read(next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))
-    for key in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, key, counters[key])
+    load_counters(engine, folder)
     optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict([mine] * world)
     optimizer.checkpoint_event_epilogue()
+
+
+def load_counters(engine: Any, folder: Path) -> None:
+    counters = read(next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))
+    for key in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, key, counters[key])
+
+
+def swaps(engine: Any) -> bool:
+    """Whether parameters or moments are on a disk."""
+    return any(getattr(engine.optimizer, key, False) for key in ("swap_optimizer", "params_in_nvme_and_cpu"))
+
+
+def load_swapped(engine: Any, folder: Path, *, rank: int) -> None:
+    """ZeRO-3 with states on a disk. DeepSpeed itself restores neither Adam's step nor what is too small to be swapped.
+
+    The files carry the numbers of a sub-group's first and last parameter, which count on within a process.
+    """
+    optimizer = engine.optimizer
+    file = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    saved = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    load_counters(engine, folder)
+    optimizer.checkpoint_event_prologue()
+    optimizer.loss_scaler = saved["loss_scaler"]
+    optimizer._set_fp32_optimizer_param_groups()
+    optimizer.optimizer.load_state_dict(saved["optimizer_state_dict"])
+    optimizer._clear_fp32_optimizer_param_groups()
+    masters, swapped = optimizer.fp32_partitioned_groups_flat, []
+    for number, (master, values) in enumerate(zip(masters, saved["fp32_flat_groups"], strict=True)):
+        if not optimizer._swappable_optimizer_subgroup(number):
+            master.data.copy_(values)
+            continue
+        swapped.append(master)
+        state, numel = optimizer.optimizer.state[master], int(optimizer.fp16_partitioned_groups_flat_numel[number])
+        for key in [key for key, value in state.items() if torch.is_tensor(value) and value.dim()]:
+            state[key] = torch.empty(numel)  # never filled: the swapper takes note of it, and reads the file
+    if not optimizer.swap_optimizer:
+        for number in range(len(masters)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    else:
+        source, target = folder / "offloaded_tensors" / f"rank{rank:02}", Path(optimizer.optimizer_swapper.swap_folder)
+        names = sorted((path.name.split(".")[0] for path in source.glob("[0-9]*.tensor.swp")), key=numbers)
+        for name, now in zip(names, sorted((master.ds_id for master in swapped), key=numbers), strict=True):
+            for kind in ("", "exp_avg-", "exp_avg_sq-"):
+                shutil.copyfile(source / f"{kind}{name}.tensor.swp", target / f"{kind}{now}.tensor.swp")
+        optimizer.reset_swap_buffers()
+    optimizer.checkpoint_event_epilogue()
+
+
+def numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split("_")]
 
 
 def read(file: Path) -> Any:

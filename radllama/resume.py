@@ -24,7 +24,7 @@ import torch.distributed
 
 from radllama.config import Config
 from radllama.files import read_json, replace_text, sync
-from radllama.reshard import load_resharded, obstacle
+from radllama.reshard import load_resharded, load_swapped, obstacle, swaps
 from radllama.run import DATA_FILE, TrainingError, writing
 
 logger = logging.getLogger("radllama")
@@ -143,6 +143,9 @@ class Checkpoints:
             if self.rank == 0:
                 logger.info("%s was written by %d ranks: cut anew for %d", folder, manifest["world"], self.world)
             load_resharded(engine, folder, then=manifest["world"], rank=self.rank, world=self.world)
+            return manifest
+        if swaps(engine):
+            load_swapped(engine, folder, rank=self.rank)
             return manifest
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=folder.name, load_module_strict=False)
         if loaded is None:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from radllama.attention import row_attention
-from radllama.build import build_model, partition_of
+from radllama.build import build_model, check_disk, partition_of, swapping
 from radllama.cache import open_cache
 from radllama.card import write_card
 from radllama.checkpoint import atomic_folder, find_model, write_model_into
@@ -121,7 +121,10 @@ def prepare(
     tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
     wordings = tuple(config.data.instructions or INSTRUCTIONS)
     prompt = Prompt(tokenizer.prompt_format, wordings, config.data.similar)
-    check_vocabulary(tokenizer, LlamaConfig.from_json(source).vocab_size, source=str(source))
+    shape = LlamaConfig.from_json(source)
+    check_vocabulary(tokenizer, shape.vocab_size, source=str(source))
+    settings = deepspeed_settings(config, place, shape)
+    check_disk(settings["zero_optimization"])
     warn_of_untrained_headers(config, source, tokenizer)
     training = read_reports(config, config.data.train, tokenizer, prompt)
     validation = read_reports(config, config.data.validation, tokenizer, prompt) if config.data.validation else None
@@ -141,10 +144,10 @@ def prepare(
     seed_everything(config.training.seed, -1, 0)  # the same LoRA A on every rank
     model = build_model(
         config, source, device=place.device, dtype=place.dtype, progress=place.rank == 0,
-        partition=partition_of(deepspeed_settings(config, place), place.device))  # fmt: skip
+        partition=partition_of(settings, place.device, place.dtype))  # fmt: skip
     model.packed_attention = row_attention
     model.model.gradient_checkpointing = needs_checkpointing(config, model, training, place)
-    engine, guard = start_engine(config, model, place)
+    engine, guard = start_engine(config, model, place, settings)
     if place.device.type == "cpu":
         return_freed_memory()
     return Run(config, place, folder, engine, tokenizer, prompt, source, watch, guard), training, validation
@@ -464,10 +467,9 @@ def activation_bytes(model: Llama, place: Place, tokens: int = 64) -> float:
     return sum(kept.values()) / tokens
 
 
-def start_engine(config: Config, model: Llama, place: Place) -> tuple[Any, Guard]:
+def start_engine(config: Config, model: Llama, place: Place, settings: dict[str, Any]) -> tuple[Any, Guard]:
     """DeepSpeed's engine around the model, only trainable parameters in the optimizer; what keeps it from bad steps."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = deepspeed_settings(config, place)
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     # DeepSpeed takes this many elements whether or not there are as many gradients: 1 GB in bf16 for any adapter.
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(count, 500_000_000))
@@ -480,15 +482,15 @@ def start_engine(config: Config, model: Llama, place: Place) -> tuple[Any, Guard
     return engine, guard
 
 
-def deepspeed_settings(config: Config, place: Place) -> dict[str, Any]:
-    """The deepspeed section, completed by what `training` says."""
+def deepspeed_settings(config: Config, place: Place, shape: LlamaConfig) -> dict[str, Any]:
+    """The deepspeed section, completed by what `training` says and the model's shape asks for."""
     t = config.training
     zero = {"stage": 1} | config.deepspeed.get("zero_optimization", {})
     if zero["stage"] == 0 and place.dtype != torch.float32:
         logger.info("ZeRO stage 1 in place of 0, which trains half-precision weights less exactly")
         zero["stage"] = 1
     return config.deepspeed | {
-        "zero_optimization": zero,
+        "zero_optimization": swapping(config, zero, shape, place.world),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": t.accumulation,
         "gradient_clipping": t.gradient_clipping,

@@ -17,6 +17,7 @@ from radllama.config import Config
 from radllama.dry_run import Weight
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default
+SWAP_BUFFERS = 10  # build.BUFFERS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Zero:
     persistence: int
     reuse: int
     sub_group: int
+    in_cpu: int  # trainable elements that offload_param to nvme keeps in memory
+    param_buffers: tuple[int, int]  # how many, of at least how many elements
+    optimizer_buffers: int
 
     @classmethod
     def of(cls, config: Config, dtype: torch.dtype) -> Zero:
@@ -42,8 +46,11 @@ class Zero:
             value = section.get(key, default)
             return int(default if isinstance(value, str) else value)
 
+        def option(key: str, name: str, default: Any) -> Any:
+            return (section.get(key) or {}).get(name, default)
+
         def device(key: str) -> str:
-            return str((section.get(key) or {}).get("device", "none"))
+            return str(option(key, "device", "none"))
 
         overlap = section.get("overlap_comm")
         return cls(
@@ -56,6 +63,12 @@ class Zero:
             persistence=number("stage3_param_persistence_threshold", 1e5),
             reuse=number("stage3_max_reuse_distance", 1e9),
             sub_group=number("sub_group_size", 1e9),
+            in_cpu=int(option("offload_param", "max_in_cpu", 1e9 if config.method == "full" else 1e15)),
+            param_buffers=(
+                int(option("offload_param", "buffer_count", SWAP_BUFFERS)),
+                int(option("offload_param", "buffer_size", 0)),
+            ),
+            optimizer_buffers=int(option("offload_optimizer", "buffer_count", 4)),
         )
 
 
@@ -142,8 +155,24 @@ def resident_of(job: Training, zero: Zero) -> tuple[dict[str, int], dict[str, in
         host |= states | {"fp32 gradients": 4 * n, "accumulated gradients": b * n}
     if zero.offload_optimizer == "nvme":
         disk = sum(host.pop(key) for key in ("fp32 master weights", "optimizer moments", "fp32 gradients"))
-        host["swap buffers"] = 4 * 4 * min(zero.sub_group, n)  # buffer_count 4
+        host["swap buffers"] = zero.optimizer_buffers * 4 * min(zero.sub_group, n)
     return device, host, disk
+
+
+def offloaded_weights(job: Training, zero: Zero, size: int, largest: int) -> tuple[dict[str, int], int]:
+    """ZeRO-3 with offload_param: of `size` bytes of weights a rank those on the host, with buffers; those on the disk.
+
+    largest: elements of the largest parameter, which every buffer of `build.swapping` holds.
+    """
+    if zero.offload_param != "nvme":
+        return {"weights": size}, 0
+    b, n = job.width, job.part
+    kept = b * min(n, zero.in_cpu)  # param_groups_fp16_flat_cpu_memory
+    count, least = zero.param_buffers
+    buffers = b * count * max(least, math.ceil(largest / job.ranks))
+    if n > zero.in_cpu:
+        buffers += b * min(zero.sub_group, n)  # partitioned_swap_buffer
+    return {"weights": kept, "parameters' swap buffers": buffers}, max(0, size - kept)
 
 
 def gradients_before(job: Training, zero: Zero) -> tuple[dict[str, int], Callable[[int], int]]:

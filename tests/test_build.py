@@ -58,4 +58,4 @@ def test_random_weights_in_parts() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 2}}])
 def test_below_stage_3_nothing_is_partitioned(settings: dict[str, Any]) -> None:
-    assert partition_of(settings, torch.device("cpu")) is None
+    assert partition_of(settings, torch.device("cpu"), torch.float32) is None

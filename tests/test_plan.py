@@ -14,14 +14,16 @@ import torch
 from conftest import random_llama, tiny_config
 from torch import Tensor
 
+from radllama import build
 from radllama import plan as planner
+from radllama import zero as zero_module
 from radllama.checkpoint import load_model, save_model
 from radllama.config import Config, parse_config, read_config
 from radllama.dry_run import PackShape, meta_model, micro_step, weights_of
 from radllama.lora import add_lora
 from radllama.model import Llama, LlamaConfig
 from radllama.plan import GB, SHAPES, Machine, changed, estimated_pack, measured_pack, plan
-from radllama.zero import Training, Zero, moments_of, phases_of_step, resident_of, weight_bytes
+from radllama.zero import Training, Zero, moments_of, offloaded_weights, phases_of_step, resident_of, weight_bytes
 
 ROOT = Path(__file__).parents[1]
 PACK = PackShape(((7, -1), (20, 0), (13, 0), (5, -1), (30, 3)), 19, "test")
@@ -165,9 +167,27 @@ def test_zero_splits_what_its_stage_says() -> None:
     assert set(device) == {"DeepSpeed's offload buffer"}
     assert host["fp32 master weights"] + host["optimizer moments"] + host["fp32 gradients"] == 16 * 500_000
     assert disk == 0
-    assert resident_of(*terms(3, offload_optimizer={"device": "nvme"}))[2] == 16 * 500_000
+    assert resident_of(*terms(3, offload_optimizer={"device": "nvme", "nvme_path": "d"}))[2] == 16 * 500_000
     assert Zero.of(job(zero={"stage": 0}, dtype="bfloat16"), torch.bfloat16).stage == 1  # as train does
     assert phases_of_step(*terms(2))["optimizer step"]["gradients"] == 4 * 500_000
+
+
+def test_parameters_on_a_disk_leave_their_buffers_on_the_host() -> None:
+    def found(size: int = 2_000_000, **options: Any) -> tuple[dict[str, int], int]:
+        return offloaded_weights(*terms(3, offload_param={"device": "nvme", "nvme_path": "d"} | options), size, 300_000)
+
+    assert zero_module.SWAP_BUFFERS == build.BUFFERS
+    assert found() == ({"weights": 1_000_000, "parameters' swap buffers": 10 * 2 * 150_000}, 1_000_000)
+    assert found(max_in_cpu=0) == ({"weights": 0, "parameters' swap buffers": 10 * 2 * 150_000 + 1_000_000}, 2_000_000)
+    assert found(buffer_count=20, buffer_size=400_000)[0]["parameters' swap buffers"] == 20 * 2 * 400_000
+    assert offloaded_weights(*terms(3, offload_param={"device": "cpu"}), 7, 3) == ({"weights": 7}, 0)
+    host = resident_of(*terms(3, offload_optimizer={"device": "nvme", "nvme_path": "d", "buffer_count": 5}))[1]
+    assert host["swap buffers"] == 5 * 4 * 500_000
+    section, swapping = "deepspeed.zero_optimization", '{"device":"nvme","nvme_path":"d"}'
+    keys = [f"{section}.stage=3", f"{section}.offload_param={swapping}"]
+    config = changed(read_config(ROOT / "configs/llama3-8b-full-8gpu.json"), keys)
+    planned = plan(config, SHAPES["llama3-8b"], Machine(8, 80 * GB, "cuda"), PACK)
+    assert planned.host["parameters' swap buffers"] >= 8 * 10 * 2 * 128_256 * 4096 // 8
 
 
 def test_more_of_anything_takes_more() -> None:

@@ -108,7 +108,7 @@ def test_also_in_half_precision_in_small_sub_groups_and_offloaded(runs: Runs, st
     ("training", "zero", "reason"),
     [
         ({"optimizer": "adamw_8bit"}, {}, "training.optimizer adamw_8bit"),
-        ({}, {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "offload_optimizer to nvme"),
+        ({}, {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "offload_optimizer to nvme"),
         ({}, {"round_robin_gradients": True}, "round_robin_gradients"),
     ],
 )

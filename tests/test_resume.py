@@ -16,6 +16,8 @@ from radllama.run import TrainingError
 class Engine:
     """Saves a number; loads its name."""
 
+    optimizer = None
+
     def __init__(self) -> None:
         self.value, self.full = 0, False
         self.loaded: str | None = None

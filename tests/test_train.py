@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from bitsandbytes import functional as bnb
 from conftest import random_llama, synthetic_examples, tiny_config
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, partitioned_param_swapper
 from safetensors.torch import load_file
 
+from radllama import build
 from radllama import train as module
 from radllama.checkpoint import load_model, save_model
 from radllama.config import Config, parse_config
@@ -162,7 +165,7 @@ def loop(run, *arguments, **options):
             if run.engine.zero_optimization_stage() == 3:
                 assert parameter.numel() == 0, name + " is whole between the steps"
                 part = -(-expected.numel() // dist.get_world_size())
-                assert parameter.ds_tensor.numel() == part, name
+                assert parameter.ds_tensor.ds_numel == part, name
                 parameter.all_gather()
             assert parameter.dtype == expected.dtype, name
             assert torch.equal(parameter.view(torch.uint8), expected.view(torch.uint8)), name
@@ -322,7 +325,7 @@ def test_ranks_recompute_activations_together(make: Make, monkeypatch: pytest.Mo
     """One rank with too little free memory is enough: under ZeRO-3 what runs again is gathered again by all."""
     found = []
 
-    def seen(config: Config, model: Any, place: Any) -> Any:
+    def seen(config: Config, model: Any, place: Any, settings: Any) -> Any:
         found.append(model.model.gradient_checkpointing)
         raise ValueError("enough")
 
@@ -510,13 +513,143 @@ def test_offload_to_cpu_memory_changes_nothing(make: Make, method: str, zero: di
     compare(train(parse_config(make("plain", method))), train(parse_config(raw)))
 
 
+@pytest.fixture
+def wide(make: Make, tmp_path: Path) -> Make:
+    """As `make`, with a model whose parameters, also in 4 bits, and adapters are of the size that DeepSpeed swaps."""
+    shape = {"hidden_size": 768, "intermediate_size": 1024, "head_dim": 64}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 12}
+    tokenizer = Tokenizer.from_dir(tmp_path / "base")
+    save_model(random_llama(tiny_config(vocab_size=tokenizer.vocab_size, **shape, **heads)), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+
+    def config(output: str, method: str, zero: dict[str, Any], **training: Any) -> dict[str, Any]:
+        raw = make(output, method, steps=3, learning_rate=1e-3, **training)
+        if method != "full":
+            raw["lora"] = {"rank": 128, "alpha": 128}
+        return raw | {"deepspeed": {"zero_optimization": zero | {"stage3_param_persistence_threshold": 0}}}
+
+    return config
+
+
+@pytest.fixture
+def swapped(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """Bytes by kind and direction: ("params" | "optimizer", "in" | "out")."""
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def counting(way: str, swap: Callable[..., None]) -> Callable[..., None]:
+        def counted(handle: Any, tensors: list[torch.Tensor], paths: list[str]) -> None:
+            for tensor, path in zip(tensors, paths, strict=True):
+                counts["optimizer" if "optimizer" in path else "params", way] += tensor.nbytes
+            swap(handle, tensors, paths)
+
+        return counted
+
+    for user in (partitioned_param_swapper, partitioned_optimizer_swapper):
+        for way in ("in", "out"):
+            name = f"swap_{way}_tensors"
+            monkeypatch.setattr(user, name, counting(way, getattr(user, name)))
+    return counts
+
+
+def disk(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    return {"device": "nvme", "nvme_path": str(tmp_path / "disk")} | options
+
+
+def both_on_disk(tmp_path: Path, method: str) -> dict[str, Any]:
+    in_memory = {"max_in_cpu": 0} if method == "full" else {}  # by default DeepSpeed keeps 1e9 trainable elements there
+    return {"stage": 3, "offload_param": disk(tmp_path, **in_memory), "offload_optimizer": disk(tmp_path)}
+
+
 @pytest.mark.system  # libaio
-@pytest.mark.parametrize("method", ["full", "qlora"])
-def test_offload_to_disk_changes_nothing(make: Make, tmp_path: Path, method: str) -> None:
-    raw = make("offloaded", method)
-    disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
-    raw["deepspeed"]["zero_optimization"] = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
-    compare(train(parse_config(make("plain", method))), train(parse_config(raw)))
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_what_is_swapped_to_disk_trains_as_zero_0_does(
+    wide: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: Counter[tuple[str, str]], method: str
+) -> None:
+    plain = train(parse_config(wide("plain", method, {"stage": 0})))
+    whole = train(parse_config(wide("whole", method, {"stage": 3})))
+    assert not swapped
+    disks = both_on_disk(tmp_path, method)
+    for name, parts in (("both", list(disks)), ("optimizer", ["stage", "offload_optimizer"]), ("cut", list(disks))):
+        swapped.clear()
+        config = parse_config(wide(name, method, {key: disks[key] for key in parts}, save_every=2))
+        if name == "cut":
+
+            def bomb(step: int, total: int, config: Config) -> float:
+                if step == 2:
+                    raise Cut
+                return learning_rate_at(step, total, config)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "learning_rate_at", bomb)
+                with pytest.raises(Cut):
+                    train(config)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Run, "loop", frozen_is_as_loaded(module.Run.loop))
+            run = train(config, resume=name == "cut")
+        kinds = ("params", "optimizer") if "offload_param" in parts else ("optimizer",)
+        assert swapped.keys() == {(kind, way) for kind in kinds for way in ("in", "out")}
+        assert min(swapped.values()) > 2 * 2**20
+        compare(plain, run)
+        for a, b in zip(records(whole, "loss", "gradient_norm"), records(run, "loss", "gradient_norm"), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        expected, found = weights(whole / "last"), weights(run / "last")
+        assert all(float((expected[key] - found[key]).norm() / expected[key].norm()) < 1e-4 for key in expected)
+
+
+def frozen_is_as_loaded(loop: Callable[..., None]) -> Callable[..., None]:
+    def checked(run: module.Run, *arguments: Any, **options: Any) -> None:
+        loop(run, *arguments, **options)
+        loaded = module.build_model(run.config, run.source, device=run.place.device, dtype=run.place.dtype)
+        for name, parameter in run.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with module.gather([parameter]):
+                    assert parameter.dtype == loaded.get_parameter(name).dtype, name
+                    assert torch.equal(parameter, loaded.get_parameter(name)), name
+
+    return checked
+
+
+@pytest.mark.system
+def test_ranks_that_swap_equal_one_that_does_not(wide: Make, tmp_path: Path) -> None:
+    alone = {method: train(parse_config(wide(f"alone-{method}", method, {"stage": 0}))) for method in ("full", "qlora")}
+    jobs = {method: wide(f"two-{method}", method, both_on_disk(tmp_path, method)) for method in alone}
+    launch(tmp_path, 2, list(jobs.values()))
+    for method, job in jobs.items():
+        compare(alone[method], Path(job["training"]["output"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "libaio", "message"),
+    [
+        ("offload_param", {"buffer_size": 100}, True, r"offload_param\.buffer_size: 100 is too little .* use \d+, or"),
+        ("offload_param", {"buffer_count": 5}, True, r"offload_param\.buffer_count: 5 is too little .* use 10, or"),
+        (
+            "offload_param",
+            {"nvme_path": "/proc/nowhere"},
+            True,
+            r"offload_param\.nvme_path: nothing can be .*/nowh",
+        ),
+        (
+            "offload_optimizer",
+            {"nvme_path": "/proc/nowhere"},
+            True,
+            r"optimizer\.nvme_path: nothing can be .*/nowh",
+        ),
+        ("offload_optimizer", {}, False, r"offload_optimizer: nvme needs libaio .*apt install libaio-dev"),
+        ("offload_param", {}, False, r"offload_param: nvme needs libaio .*apt install libaio-dev"),
+    ],
+)
+def test_a_disk_that_cannot_be_swapped_to_is_refused_before_anything_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch, key: str, options: dict[str, Any], libaio: bool, message: str
+) -> None:
+    raw = make("run", "full")
+    folder = Path(raw["training"]["output"])
+    raw["deepspeed"]["zero_optimization"] = {"stage": 3, key: disk(folder.parent, **options)}
+    monkeypatch.setattr(module, "build_model", None)
+    monkeypatch.setattr(build.AsyncIOBuilder, "is_compatible", lambda builder: libaio)
+    with pytest.raises(ValueError, match=rf"^deepspeed\.zero_optimization\..*{message}"):
+        train(parse_config(raw))
+    assert not folder.exists()
 
 
 def test_deepspeeds_monitors_get_the_losses(make: Make, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from radllama.config import parse_config
 from radllama.reshard import cut, obstacle
-from radllama.resume import check_ranks
+from radllama.resume import check_ranks, checksum
 
 
 @pytest.mark.parametrize("numel", [1, 5, 12, 13])
@@ -120,7 +120,9 @@ def test_what_cannot_be_cut_is_refused(
         raw | {"training": {"output": "o", "steps": 1} | training, "deepspeed": {"zero_optimization": zero}}
     )
     (tmp_path / "checkpoints/step_00000003").mkdir(parents=True)
-    (tmp_path / "checkpoints/step_00000003/manifest.json").write_text('{"world": 2}')
+    facts = {"step": 3, "world": 2, "files": {}}
+    manifest = tmp_path / "checkpoints/step_00000003/manifest.json"
+    manifest.write_text(json.dumps(facts | {"checksum": checksum(facts)}))
     check_ranks(config, tmp_path, world=2)
     with pytest.raises(ValueError, match=rf"step_00000003 was written by 2 ranks, and these are 4; with .*{reason}"):
         check_ranks(config, tmp_path, world=4)

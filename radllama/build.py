@@ -180,6 +180,13 @@ def swapping(config: Config, zero: dict[str, Any], shape: LlamaConfig, ranks: in
     return zero | {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 
 
+def remove_swapped(zero: dict[str, Any]) -> None:
+    """What a run that has ended well swapped: its checkpoints hold copies. One that failed leaves it to the next."""
+    for key in ("offload_param", "offload_optimizer"):
+        if on_disk(zero, key):
+            shutil.rmtree(zero[key]["nvme_path"], ignore_errors=True)
+
+
 def check_disk(zero: dict[str, Any]) -> None:
     """ValueError where nothing can be swapped: no libaio, or no folder for files that pass by the page cache."""
     for key in ("offload_param", "offload_optimizer"):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from radllama.attention import row_attention
-from radllama.build import build_model, check_disk, partition_of, swapping
+from radllama.build import build_model, check_disk, partition_of, remove_swapped, swapping
 from radllama.cache import open_cache
 from radllama.card import write_card
 from radllama.checkpoint import atomic_folder, find_model, write_model_into
@@ -99,6 +99,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         run, training, validation = prepare(config, place, watch, lock, resume=resume)
         with watch.listening(), dequantized(config, run.engine.module, place):
             run.loop(training, validation, resume=resume)
+        dist.barrier()
+        remove_swapped(run.engine.config["zero_optimization"])
         failed = False
     except BaseException as error:
         watch.fail(error)
@@ -256,7 +258,6 @@ class Run:
         self.save_weights("last")
         if log is not None:
             draw_losses(self.folder)
-        dist.barrier()
 
     def stop(self, bar: Any, step: int, total: int) -> None:
         bar.close()

@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from radllama.cache import open_cache
 from radllama.config import Config, parse_config, read_config
 from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples, spread
-from radllama.dry_run import PackShape, Pass, meta_model, micro_step, weights_of
+from radllama.dry_run import PackShape, Pass, meta_model, micro_step, visits_of, weights_of
 from radllama.model import LlamaConfig
 from radllama.tokenizer import Tokenizer
 from radllama.zero import Training, Zero, gathered_bytes, gradients_before, phases_of_step, resident_of, weight_bytes
@@ -36,6 +36,9 @@ CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
 # holes between the tensors of a step in their heap: 0 to 3 % of these with one rank, up to 25 % with two, where
 # DeepSpeed's blocks of many sizes lie among them. Fitted on the calibration set of bench/plan.py.
 PROCESS, HOLES = 0.06 * GB, 0.14
+# There oneDNN compiles kernels for every new length of a pack, and for bf16 attention for those of a report, and keeps
+# them: counted in malloc; about this many lengths until most kernels are there.
+PACK_KERNELS, REPORT_KERNELS, LENGTHS = 12 * 2**20, 8 * 2**20, 128
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7
@@ -121,8 +124,6 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
     if config.method == "qlora" and config.quantization.keep_dequantized:
         codes = sum(weight.size * weight.times for weight in parameters if weight.kind == "4-bit codes")
         base["de-quantised weights"] = 2 * codes * dtype.itemsize  # two weights a byte
-    if gathered := gathered_bytes(parameters, zero, machine.ranks if zero.offload_param == "none" else 2):
-        base["ZeRO-3's gathered weights"] = gathered
     before, grow = gradients_before(job, zero)
 
     def run(checkpointing: bool) -> Pass:
@@ -134,20 +135,29 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         free = machine.memory - sum(weights.values()) - (CONTEXT if machine.device == "cuda" else 0)
         if passed.kept > 0.7 * free:
             checkpointing, passed = True, run(True)
-    passes = {
-        "activations kept for the backward pass": passed.kept,
-        "working memory of the passes": passed.peak - passed.kept,
-    }
+    passes = {"activations kept for the backward pass": passed.kept}
+    if zero.stage == 3 and (machine.ranks > 1 or zero.offload_param != "none"):
+        visits = visits_of(model, packing, layers=layers, checkpointing=checkpointing, device=machine.device)
+        held = gathered_bytes(visits, zero, machine.ranks, machine.device)
+        most, share = max(
+            (size + visit.kept * passed.kept, visit.kept) for size, visit in zip(held, visits, strict=True)
+        )
+        passes = {key: int(size * share) for key, size in passes.items()}
+        passes["ZeRO-3's gathered weights"] = int(most) - sum(passes.values())
+    passes["working memory of the passes"] = passed.peak - passed.kept
     phases = {"forward and backward": added(base, before, passes)}
     phases |= {name: added(base, parts) for name, parts in phases_of_step(job, zero).items()}
     stays = sum(base.values())
-    loaded = stays - base.get("ZeRO-3's gathered weights", 0)  # before the heap of a CPU (heap.py) begins
+    packs = min((t.steps or LENGTHS) * t.accumulation, LENGTHS)
+    reports = min(packs * len(packing.segments), LENGTHS) if dtype == torch.bfloat16 else 0
+    kernels = packs * PACK_KERNELS + reports * REPORT_KERNELS
     for parts in phases.values():
         if machine.device == "cuda":
             parts["CUDA context and NCCL"] = int(CONTEXT + (NCCL if machine.ranks > 1 else 0))
             parts["fragmentation (estimate)"] = int(FRAGMENTATION * (sum(parts.values()) - stays))
         else:
-            parts["process and holes"] = int(PROCESS + HOLES * (sum(parts.values()) - loaded))
+            parts["process and holes"] = int(PROCESS + HOLES * (sum(parts.values()) - stays))
+            parts["compiled kernels"] = kernels
             for key, size in host.items():  # the host is the device
                 parts[key] = parts.get(key, 0) + size
     on_host = {key: size * machine.ranks for key, size in host.items()} if machine.device == "cuda" else {}

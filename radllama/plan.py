@@ -142,7 +142,7 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
     passes["working memory of the passes"] = passed.peak - passed.kept
     phases = {"forward and backward": added(base, before, passes)}
     phases |= {name: added(base, parts) for name, parts in phases_of_step(job, zero).items()}
-    if machine.device == "cpu" and zero.stage == 0 and machine.ranks > 1:  # the flat copy finds no hole: gradients lie
+    if machine.device == "cpu" and zero.stage == 0:  # the flat copy finds no hole: gradients lie
         bucket = {"DeepSpeed's buckets": phases["gradient reduction"]["DeepSpeed's buckets"]}  # all over the heap
         phases["gradient reduction"] = added(phases["forward and backward"], bucket)
     stays = sum(base.values())

@@ -249,7 +249,7 @@ def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
     denominators = 0 if offloaded or job.optimizer != "adamw" else 2 if job.device == "cpu" else 1  # foreach on a GPU
     if zero.stage == 0:
         work = {"optimizer's working memory": 4 * denominators * (job.largest if job.device == "cpu" else N)}
-        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, BUCKET) if job.ranks > 1 else 0}
+        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, BUCKET)}  # buffered_allreduce_fallback
         return {"gradient reduction": copies, "optimizer step": {"gradients": b * N} | work}
     if zero.stage == 3:
         group = min(n, zero.sub_group)

@@ -5,7 +5,7 @@
 
 Measured: the most anonymous memory (RssAnon) of a training process, the largest rank's, above what it held after its
 imports, from the start of train() to the end of its third step. Predicted: `radllama.plan` on the same config. The
-constants of a CPU in plan.py (PROCESS, HOLES) were fitted on the calibration set alone.
+constant of a CPU in plan.py (PROCESS) was fitted on the calibration set alone.
 """
 
 from __future__ import annotations

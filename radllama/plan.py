@@ -32,13 +32,10 @@ GB = 2**30
 # A GPU: the CUDA context with cuBLAS' workspaces, NCCL's channels with more than one rank, what the caching allocator
 # loses of the memory that comes and goes, and what the driver keeps of the nominal size. Estimates, not fitted.
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
-# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports) above its first imports, and the
-# holes between the tensors of a step in their heap: 0 to 3 % of these with one rank, up to 25 % with two, where
-# DeepSpeed's blocks of many sizes lie among them. Fitted on the calibration set of bench/plan.py.
-PROCESS, HOLES = 0.06 * GB, 0.14
-# There oneDNN compiles kernels for every new length of a pack, and for bf16 attention for those of a report, and keeps
-# them: counted in malloc; about this many lengths until most kernels are there.
-PACK_KERNELS, REPORT_KERNELS, LENGTHS = 12 * 2**20, 8 * 2**20, 128
+# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports, holes of its heap) above its first
+# imports, fitted on the calibration set of bench/plan.py; and what oneDNN compiles for every new length of a pack, in
+# bf16 also for every report's attention, and never frees: counted, 12 and 8 MB each until about 64 lengths were seen.
+PROCESS, PACK_KERNELS, REPORT_KERNELS, LENGTHS = 0.055 * GB, 12 * 2**20, 8 * 2**20, 64
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7
@@ -154,8 +151,7 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
             parts["CUDA context and NCCL"] = int(CONTEXT + (NCCL if machine.ranks > 1 else 0))
             parts["fragmentation (estimate)"] = int(FRAGMENTATION * (sum(parts.values()) - stays))
         else:
-            parts["process and holes"] = int(PROCESS + HOLES * (sum(parts.values()) - stays))
-            parts["compiled kernels"] = kernels
+            parts["process"], parts["compiled kernels"] = int(PROCESS), kernels
             for key, size in host.items():  # the host is the device
                 parts[key] = parts.get(key, 0) + size
     on_host = {key: size * machine.ranks for key, size in host.items()} if machine.device == "cuda" else {}

@@ -114,6 +114,8 @@ HELD_OUT = [
     Case("lora", 2, batch=16, dtype="bfloat16"),
     Case("qlora", 1, ranks=2, batch=20, checkpointing="on"),
     Case("qlora", 3, ranks=2, batch=16),
+    Case("full", 3, ranks=4, batch=8, checkpointing="on"),  # chosen after a term had been added for the third
+    Case("full", 3, ranks=2, batch=6, checkpointing="on"),
 ]
 
 

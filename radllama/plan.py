@@ -132,13 +132,15 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         free = machine.memory - sum(weights.values()) - (CONTEXT if machine.device == "cuda" else 0)
         if passed.kept > 0.7 * free:
             checkpointing, passed = True, run(True)
-    passes = {"activations kept for the backward pass": passed.kept}
+    passes, left = {"activations kept for the backward pass": passed.kept}, {}
     if zero.stage == 3 and (machine.ranks > 1 or zero.offload_param != "none"):
         visits = visits_of(model, packing, layers=layers, checkpointing=checkpointing, device=machine.device)
-        passes = gathering(visits, gathered_bytes(visits, zero, machine.ranks, machine.device), passed.kept)
+        gathered = gathered_bytes(visits, zero, machine.ranks, machine.device)
+        passes, left = gathering(visits, gathered, passed.kept), {"ZeRO-3's gathered weights": gathered[-1]}
     passes["working memory of the passes"] = passed.peak - passed.kept
     phases = {"forward and backward": added(base, before, passes)}
-    phases |= {name: added(base, parts) for name, parts in phases_of_step(job, zero).items()}
+    for name, parts in phases_of_step(job, zero).items():
+        phases[name] = added(base, left if name == "gradient reduction" else {}, parts)
     if machine.device == "cpu" and zero.stage == 0:  # the flat copy finds no hole: gradients lie
         bucket = {"DeepSpeed's buckets": phases["gradient reduction"]["DeepSpeed's buckets"]}  # all over the heap
         phases["gradient reduction"] = added(phases["forward and backward"], bucket)

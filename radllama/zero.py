@@ -253,14 +253,19 @@ def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
         return {"gradient reduction": copies, "optimizer step": {"gradients": b * N} | work}
     if zero.stage == 3:
         group = min(n, zero.sub_group)
-        norm = {"optimizer's working memory": 8 * math.ceil(job.largest / job.ranks)}
-        if offloaded:
-            return {"gradient norm": norm}
-        flat = 4 * group + (b * group if b != 4 else 0)
-        return {
-            "gradient norm": norm,
-            "optimizer step": {"optimizer's working memory": max(flat, 4 * group + 4 * denominators * group)},
-        }
+        phases = {"gradient norm": {"optimizer's working memory": 8 * math.ceil(job.largest / job.ranks)}}
+        if (
+            job.device == "cpu" and job.ranks > 1
+        ):  # reduce_scatter_coalesced flattens, gloo reduces a clone of that; what
+            flat, freed = (
+                b * job.bucket(zero),
+                b * min(zero.prefetch, N),
+            )  # a smaller gather has freed is no room for it
+            phases["gradient reduction"] = {"DeepSpeed's buckets": 2 * flat, "holes": freed if freed < flat else 0}
+        if not offloaded:
+            start = 4 * group + (b * group if b != 4 else 0)
+            phases["optimizer step"] = {"optimizer's working memory": max(start, 4 * group + 4 * denominators * group)}
+        return phases
     held = 0 if offloaded else b * n * (2 if zero.stage == 2 and job.accumulation > 1 else 1)
     bucket = b * job.bucket(zero)
     buckets = bucket * ((2 if zero.overlap and job.device == "cuda" else 1) + (1 if job.ranks > 1 else 0))

@@ -1,7 +1,8 @@
 """DeepSpeed's memory: what ZeRO holds, gathers and copies in a step, as arithmetic over DeepSpeed 0.19.8's own source.
 
-Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py and parameter_offload.py. All in bytes of one
-rank. On a CPU what is allocated before the first step counts once it is written to, all else once it is allocated.
+Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py, parameter_offload.py and, for what ZeRO-3
+gathers, partitioned_param_coordinator.py, which is run over the order of the model's modules. All in bytes of one rank.
+On a CPU what is allocated before the first step counts once it is written to, all else once it is allocated.
 """
 
 from __future__ import annotations

@@ -146,6 +146,17 @@ class Mark(torch.autograd.Function):
         return grad, None
 
 
+def forward(model: Llama, shape: PackShape, device: str) -> Tensor:
+    """The losses of one pack."""
+    tokens = torch.zeros(1, shape.tokens, dtype=torch.long, device="meta")
+    labels = torch.zeros(shape.labels, dtype=torch.long, device="meta")
+    model.packed_attention = attention_of(shape, device)
+    losses: Tensor = model(
+        tokens, positions=tokens, segments=torch.tensor(shape.segments), label_positions=labels, labels=labels
+    )
+    return losses
+
+
 def micro_step(
     model: Llama, shape: PackShape, *, layers: int, checkpointing: bool, device: str, grow: Callable[[int], int]
 ) -> Pass:
@@ -156,8 +167,6 @@ def micro_step(
     memory goes up or down by the same for each layer, so that no peak lies there.
     """
     model.model.gradient_checkpointing = checkpointing
-    tokens = torch.zeros(1, shape.tokens, dtype=torch.long, device="meta")
-    labels = torch.zeros(shape.labels, dtype=torch.long, device="meta")
     ledger = Ledger(model)
     missing = layers - model.config.num_hidden_layers
     before: list[int] = []  # live bytes at the middle layer's and the last one's start
@@ -186,16 +195,82 @@ def micro_step(
     hooks = [p.register_post_accumulate_grad_hook(finished) for p in model.parameters() if p.requires_grad]
     if missing:
         hooks += [layer.register_forward_pre_hook(begins) for layer in model.model.layers[1:3]]
-    model.packed_attention = attention_of(shape, device)
     with ledger:
-        losses = model(
-            tokens, positions=tokens, segments=torch.tensor(shape.segments), label_positions=labels, labels=labels
-        )
+        losses = forward(model, shape, device)
         kept = ledger.live
         losses.sum().backward()
     for hook in hooks:
         hook.remove()
     return Pass(kept, ledger.peak)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A module's turn in a pass begins or ends, as DeepSpeed's hooks see it."""
+
+    own: tuple[tuple[str, int, int], ...]  # its parameters: name, elements, bytes
+    begins: bool
+    kept: float  # the share of the layers whose activations live then
+
+
+Turn = tuple[str, bool, bool]  # a module, whether it begins, whether what it takes or gives has a gradient
+
+
+def visits_of(model: Llama, shape: PackShape, *, layers: int, checkpointing: bool, device: str) -> list[Visit]:
+    """All turns of one micro-step of the model with `layers` layers, of which this one has three.
+
+    A parameter is that of the innermost module around it that is called: LoRA's layers, computed together, are not, and
+    ZeRO-3 gathers what is theirs with the attention or the MLP. The backward pass is the forward pass turned round.
+    """
+    turns: list[Turn] = []
+
+    def note(name: str, begins: bool, tensors: Any) -> None:
+        turns.append((name, begins, any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tensors))))
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, True, inputs)))
+        hooks.append(module.register_forward_hook(lambda _, __, outputs, name=name: note(name, False, outputs)))
+    model.model.gradient_checkpointing = False
+    forward(model, shape, device)
+    for hook in hooks:
+        hook.remove()
+
+    own: dict[str, list[tuple[str, int, int]]] = {name: [] for name, *_ in turns}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        while owner not in own:
+            owner = owner.rpartition(".")[0]
+        own[owner].append((name, parameter.numel(), parameter.numel() * parameter.element_size()))
+
+    few = model.config.num_hidden_layers
+    places = {(name, begins): place for place, (name, begins, _) in enumerate(turns)}
+    bounds = [(places[f"model.layers.{n}", True], places[f"model.layers.{n}", False] + 1) for n in range(few)]
+
+    def visits(turns: list[Turn], kept: float, copy: int = 0) -> list[Visit]:
+        named = {name: tuple((f"{key} {copy}", numel, size) for key, numel, size in own[name]) for name, *_ in turns}
+        return [Visit(named[name], begins, kept) for name, begins, _ in turns]
+
+    numbers = [0, *[1] * (layers - few + 1), 2] if few == 3 else list(range(few))
+    each = [(turns[slice(*bounds[number])], copy) for copy, number in enumerate(numbers)]
+    first, last = turns[: bounds[0][0]], turns[bounds[-1][1] :]
+    found = visits(first, 0.0)
+    for done, (inner, copy) in enumerate(each, 1):
+        found += visits(inner, done / layers, copy)
+    found += visits(last, 1.0) + visits(turned(last), 1.0)
+    for left, (inner, copy) in reversed(list(enumerate(each, 1))):
+        back = turned(inner)
+        if checkpointing:  # runs forward again for the first tensor that is missing, up to the last one
+            started = next(place for place, (_, begins, _) in enumerate(back) if not begins)
+            again = inner[: len(inner) - started]
+            back = back[:started] + again + back[started:]
+        found += visits(back, left / layers, copy)
+    return found + visits(turned(first), 0.0)
+
+
+def turned(turns: list[Turn]) -> list[Turn]:
+    """The backward pass: without what has no gradient."""
+    return [(name, not begins, gradient) for name, begins, gradient in reversed(turns) if gradient]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ _ROWS = 32  # whose softmax is computed at a time
 
 def chunked_cross_entropy(head: nn.Module, x_NC: Tensor, labels_N: Tensor, chunk: int = 512) -> Tensor:
     """Cross-entropy (N,) in fp32 of head(x) against the labels; a chunk's logits live only while it is computed."""
-    if isinstance(head, nn.Linear) and torch.is_grad_enabled() and not head.weight.requires_grad:
+    frozen = not any(weight.requires_grad for weight in head.parameters())  # `head.weight`: ZeRO-3 would gather it here
+    if isinstance(head, nn.Linear) and torch.is_grad_enabled() and frozen:
         return _FrozenHeadLoss.apply(x_NC, head.weight, labels_N, chunk)
 
     def losses(x: Tensor, labels: Tensor) -> Tensor:

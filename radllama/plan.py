@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from radllama.cache import open_cache
 from radllama.config import Config, parse_config, read_config
 from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples, spread
-from radllama.dry_run import PackShape, Pass, meta_model, micro_step, weights_of
+from radllama.dry_run import PackShape, Pass, Visit, meta_model, micro_step, visits_of, weights_of
 from radllama.model import LlamaConfig
 from radllama.tokenizer import Tokenizer
 from radllama.zero import (
@@ -41,10 +41,10 @@ GB = 2**30
 # A GPU: the CUDA context with cuBLAS' workspaces, NCCL's channels with more than one rank, what the caching allocator
 # loses of the memory that comes and goes, and what the driver keeps of the nominal size. Estimates, not fitted.
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
-# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports) above its first imports, and the
-# holes between the tensors of a step in their heap: 0 to 3 % of these with one rank, up to 25 % with two, where
-# DeepSpeed's blocks of many sizes lie among them. Fitted on the calibration set of bench/plan.py.
-PROCESS, HOLES = 0.06 * GB, 0.14
+# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports, holes of its heap) above its first
+# imports, fitted on the calibration set of bench/plan.py; and what oneDNN compiles for every new length of a pack, in
+# bf16 also for every report's attention, and never frees: counted, 12 and 8 MB each until about 64 lengths were seen.
+PROCESS, PACK_KERNELS, REPORT_KERNELS, LENGTHS = 0.055 * GB, 12 * 2**20, 8 * 2**20, 64
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7
@@ -132,8 +132,6 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
     if config.method == "qlora" and config.quantization.keep_dequantized:
         codes = sum(weight.size * weight.times for weight in parameters if weight.kind == "4-bit codes")
         base["de-quantised weights"] = 2 * codes * dtype.itemsize  # two weights a byte
-    if gathered := gathered_bytes(parameters, zero, machine.ranks if zero.offload_param == "none" else 2):
-        base["ZeRO-3's gathered weights"] = gathered
     before, grow = gradients_before(job, zero)
 
     def run(checkpointing: bool) -> Pass:
@@ -145,24 +143,40 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         free = machine.memory - sum(weights.values()) - (CONTEXT if machine.device == "cuda" else 0)
         if passed.kept > 0.7 * free:
             checkpointing, passed = True, run(True)
-    passes = {
-        "activations kept for the backward pass": passed.kept,
-        "working memory of the passes": passed.peak - passed.kept,
-    }
+    passes, left = {"activations kept for the backward pass": passed.kept}, {}
+    if zero.stage == 3 and (machine.ranks > 1 or zero.offload_param != "none"):
+        visits = visits_of(model, packing, layers=layers, checkpointing=checkpointing, device=machine.device)
+        gathered = gathered_bytes(visits, zero, machine.ranks, machine.device)
+        passes, left = gathering(visits, gathered, passed.kept), {"ZeRO-3's gathered weights": gathered[-1]}
+    passes["working memory of the passes"] = passed.peak - passed.kept
     phases = {"forward and backward": added(base, before, passes)}
-    phases |= {name: added(base, parts) for name, parts in phases_of_step(job, zero).items()}
+    for name, parts in phases_of_step(job, zero).items():
+        phases[name] = added(base, left if name == "gradient reduction" else {}, parts)
+    if machine.device == "cpu" and zero.stage == 0:  # the flat copy finds no hole: gradients lie all over the heap
+        bucket = {"DeepSpeed's buckets": phases["gradient reduction"]["DeepSpeed's buckets"]}
+        phases["gradient reduction"] = added(phases["forward and backward"], bucket)
     stays = sum(base.values())
-    loaded = stays - base.get("ZeRO-3's gathered weights", 0)  # before the heap of a CPU (heap.py) begins
+    packs = min((t.steps or LENGTHS) * t.accumulation, LENGTHS)
+    reports = min(packs * len(packing.segments), LENGTHS) if dtype == torch.bfloat16 else 0
+    kernels = packs * PACK_KERNELS + reports * REPORT_KERNELS
     for parts in phases.values():
         if machine.device == "cuda":
             parts["CUDA context and NCCL"] = int(CONTEXT + (NCCL if machine.ranks > 1 else 0))
             parts["fragmentation (estimate)"] = int(FRAGMENTATION * (sum(parts.values()) - stays))
         else:
-            parts["process and holes"] = int(PROCESS + HOLES * (sum(parts.values()) - loaded))
+            parts["process"], parts["compiled kernels"] = int(PROCESS), kernels
             for key, size in host.items():  # the host is the device
                 parts[key] = parts.get(key, 0) + size
     on_host = {key: size * machine.ranks for key, size in host.items()} if machine.device == "cuda" else {}
     return Plan(machine, packing, checkpointing, phases, on_host, disk * machine.ranks)
+
+
+def gathering(visits: list[Visit], gathered: list[int], kept: int) -> dict[str, int]:
+    """Activations and ZeRO-3's gathered weights at the moment when both together take the most."""
+    _, most, share = max(
+        (size + visit.kept * kept, size, visit.kept) for visit, size in zip(visits, gathered, strict=True)
+    )
+    return {"activations kept for the backward pass": int(share * kept), "ZeRO-3's gathered weights": most}
 
 
 def added(*tables: dict[str, int]) -> dict[str, int]:

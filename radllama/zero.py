@@ -1,12 +1,14 @@
 """DeepSpeed's memory: what ZeRO holds, gathers and copies in a step, as arithmetic over DeepSpeed 0.19.8's own source.
 
-Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py and parameter_offload.py. All in bytes of one
-rank. On a CPU what is allocated before the first step counts once it is written to, all else once it is allocated.
+Each term names what it is there: runtime/zero/stage_1_and_2.py, stage3.py, parameter_offload.py and, for what ZeRO-3
+gathers, partitioned_param_coordinator.py, which is run over the order of the model's modules. All in bytes of one rank.
+On a CPU what is allocated before the first step counts once it is written to, all else once it is allocated.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from radllama.config import Config
-from radllama.dry_run import Weight
+from radllama.dry_run import Visit, Weight
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default
 SWAP_BUFFERS = 10  # build.BUFFERS
@@ -32,6 +34,7 @@ class Zero:
     prefetch: int
     persistence: int
     reuse: int
+    live: int
     sub_group: int
     in_cpu: int  # trainable elements that offload_param to nvme keeps in memory
     param_buffers: tuple[int, int]  # how many, of at least how many elements
@@ -53,15 +56,17 @@ class Zero:
             return str(option(key, "device", "none"))
 
         overlap = section.get("overlap_comm")
+        ahead = device("offload_param") != "nvme"  # build.swapping
         return cls(
             stage=stage,
             offload_optimizer=device("offload_optimizer"),
             offload_param=device("offload_param"),
             reduce_bucket=number("reduce_bucket_size", 0),
             overlap=stage == 3 if overlap is None else bool(overlap),
-            prefetch=number("stage3_prefetch_bucket_size", 5e7),
+            prefetch=number("stage3_prefetch_bucket_size", ahead * 5e7),
             persistence=number("stage3_param_persistence_threshold", 1e5),
-            reuse=number("stage3_max_reuse_distance", 1e9),
+            reuse=number("stage3_max_reuse_distance", ahead * 1e9),
+            live=number("stage3_max_live_parameters", 1e9),
             sub_group=number("sub_group_size", 1e9),
             in_cpu=int(option("offload_param", "max_in_cpu", 1e9 if config.method == "full" else 1e15)),
             param_buffers=(
@@ -84,18 +89,94 @@ def weight_bytes(weights: list[Weight], zero: Zero, ranks: int) -> dict[str, int
     return found
 
 
-def gathered_bytes(weights: list[Weight], zero: Zero, ranks: int) -> int:
-    """ZeRO-3: whole parameters that are on a rank at once.
+@dataclass(eq=False)
+class Gather:
+    """One all-gather of several parameters: into a flat buffer, from which each is copied when the first is needed."""
 
-    DeepSpeed keeps what is used again within `max_reuse_distance` elements, there and back, fetches
-    `prefetch_bucket_size` ahead, and needs the largest at its turn.
-    """
-    split = [weight for weight in weights if weight.numel > zero.persistence]
-    if zero.stage < 3 or ranks == 1 or not split:
-        return 0
-    numel, size = sum(w.numel * w.times for w in split), sum(w.size * w.times for w in split)
-    window = zero.reuse / 2 + zero.prefetch + max(w.numel for w in split)
-    return int(size * min(1.0, window / numel))
+    names: list[str]
+    flat: int
+    waiting: bool = True
+    unused: int = 0  # parameters that were not needed yet: until then the flat buffer stays
+
+
+class Coordinator:
+    """ZeRO-3's partitioned_param_coordinator.py over a recorded pass: what it gathers ahead, keeps and releases."""
+
+    def __init__(self, visits: list[Visit], zero: Zero, ranks: int, device: str) -> None:
+        self.zero, self.ranks, self.device = zero, ranks, device
+        self.sizes = {name: (numel, size) for visit in visits for name, numel, size in visit.own}
+        self.order = [[name for name, *_ in visit.own] for visit in visits if visit.begins]
+        self.queue = deque((name, step) for step, own in enumerate(self.order) for name in own)
+        self.here = {name for name, (numel, _) in self.sizes.items() if numel <= zero.persistence}
+        self.stays = frozenset(self.here)
+        self.flying: dict[str, Gather] = {}
+        self.wanted = dict.fromkeys(self.sizes, -1)  # the last step that a gather was for
+        self.live = self.elements = self.step = 0
+
+    def bytes(self) -> int:
+        """Of whole parameters and flat buffers; gloo gathers into a copy, two at a time (its threads)."""
+        copies = [gather.flat for gather in dict.fromkeys(self.flying.values()) if gather.waiting]
+        return self.live + (sum(copies[:2]) if self.device == "cpu" and self.ranks > 1 else 0)
+
+    def gather(self, names: list[str]) -> None:
+        names = [name for name in names if name not in self.here and name not in self.flying]
+        if names:
+            size = sum(self.sizes[name][1] for name in names)
+            self.live += size
+            self.elements += sum(self.sizes[name][0] for name in names)
+            self.flying |= dict.fromkeys(names, Gather(names, size, unused=len(names)))
+
+    def begin(self, own: list[str]) -> None:
+        """`fetch_sub_module`."""
+        self.gather(own)
+        for name in own:
+            gather = self.flying.pop(name, None)
+            if gather is None:
+                continue
+            several = len(gather.names) > 1 and self.ranks > 1  # one alone is the buffer itself
+            if gather.waiting:
+                gather.waiting = False
+                self.here |= set(gather.names)
+                self.live += gather.flat if several else 0
+            gather.unused -= 1
+            if not gather.unused and several:
+                self.live -= gather.flat
+        fresh = {name for name in own if self.wanted[name] < self.step}
+        while self.queue and fresh:
+            name, self.wanted[name] = self.queue.popleft()
+            fresh.discard(name)
+        ahead: dict[str, int] = {}
+        limit = min(self.zero.live - self.elements, self.zero.prefetch)
+        while self.queue and sum(ahead.values()) < limit:
+            name, step = self.queue.popleft()
+            self.wanted[name] = max(self.wanted[name], step)
+            if name not in self.here and name not in self.flying:
+                ahead[name] = self.sizes[name][0]
+        self.gather(list(ahead))
+        self.step += 1
+
+    def end(self, own: list[str]) -> None:
+        """`release_sub_module`: what is not wanted again within `max_reuse_distance` elements."""
+        gone = {name for name in own if name in self.here - self.stays and self.wanted[name] <= self.step}
+        passed = 0
+        for names in self.order[self.step :] if gone else []:
+            if passed >= self.zero.reuse:
+                break
+            gone -= set(names)
+            passed += sum(self.sizes[name][0] for name in names)
+        for name in gone:
+            self.here.discard(name)
+            self.live -= self.sizes[name][1]
+            self.elements -= self.sizes[name][0]
+
+
+def gathered_bytes(visits: list[Visit], zero: Zero, ranks: int, device: str) -> list[int]:
+    """ZeRO-3: bytes of gathered parameters on a rank at each visit; one rank gathers what is on the host."""
+    coordinator, found = Coordinator(visits, zero, ranks, device), []
+    for visit in visits:
+        (coordinator.begin if visit.begins else coordinator.end)([name for name, *_ in visit.own])
+        found.append(coordinator.bytes())
+    return found
 
 
 def moments_of(numel: int, optimizer: str) -> int:
@@ -199,18 +280,19 @@ def phases_of_step(job: Training, zero: Zero) -> dict[str, dict[str, int]]:
     denominators = 0 if offloaded or job.optimizer != "adamw" else 2 if job.device == "cpu" else 1  # foreach on a GPU
     if zero.stage == 0:
         work = {"optimizer's working memory": 4 * denominators * (job.largest if job.device == "cpu" else N)}
-        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, BUCKET) if job.ranks > 1 else 0}
+        copies = {"gradients": b * N, "DeepSpeed's buckets": b * min(N, BUCKET)}  # buffered_allreduce_fallback
         return {"gradient reduction": copies, "optimizer step": {"gradients": b * N} | work}
     if zero.stage == 3:
         group = min(n, zero.sub_group)
-        norm = {"optimizer's working memory": 8 * math.ceil(job.largest / job.ranks)}
-        if offloaded:
-            return {"gradient norm": norm}
-        flat = 4 * group + (b * group if b != 4 else 0)
-        return {
-            "gradient norm": norm,
-            "optimizer step": {"optimizer's working memory": max(flat, 4 * group + 4 * denominators * group)},
-        }
+        phases = {"gradient norm": {"optimizer's working memory": 8 * math.ceil(job.largest / job.ranks)}}
+        if job.device == "cpu" and job.ranks > 1:
+            # reduce_scatter_coalesced flattens, and gloo reduces a clone; what a smaller gather has freed is no room.
+            flat, freed = b * job.bucket(zero), b * min(zero.prefetch, N)
+            phases["gradient reduction"] = {"DeepSpeed's buckets": 2 * flat, "holes": freed if freed < flat else 0}
+        if not offloaded:
+            start = 4 * group + (b * group if b != 4 else 0)
+            phases["optimizer step"] = {"optimizer's working memory": max(start, 4 * group + 4 * denominators * group)}
+        return phases
     held = 0 if offloaded else b * n * (2 if zero.stage == 2 and job.accumulation > 1 else 1)
     bucket = b * job.bucket(zero)
     buckets = bucket * ((2 if zero.overlap and job.device == "cuda" else 1) + (1 if job.ranks > 1 else 0))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm as dist
 import pytest
 import torch
 from conftest import random_llama, tiny_config
@@ -17,13 +21,24 @@ from torch import Tensor
 from radllama import build
 from radllama import plan as planner
 from radllama import zero as zero_module
+from radllama.attention import row_attention
 from radllama.checkpoint import load_model, save_model
 from radllama.config import Config, parse_config, read_config
-from radllama.dry_run import PackShape, meta_model, micro_step, weights_of
+from radllama.dry_run import PackShape, Visit, meta_model, micro_step, visits_of, weights_of
 from radllama.lora import add_lora
 from radllama.model import Llama, LlamaConfig
 from radllama.plan import GB, SHAPES, Machine, changed, estimated_pack, measured_pack, plan
-from radllama.zero import Training, Zero, moments_of, offloaded_weights, phases_of_step, resident_of, weight_bytes
+from radllama.train import deepspeed_settings, start, start_engine
+from radllama.zero import (
+    Training,
+    Zero,
+    gathered_bytes,
+    moments_of,
+    offloaded_weights,
+    phases_of_step,
+    resident_of,
+    weight_bytes,
+)
 
 ROOT = Path(__file__).parents[1]
 PACK = PackShape(((7, -1), (20, 0), (13, 0), (5, -1), (30, 3)), 19, "test")
@@ -150,6 +165,107 @@ def test_eight_bit_moments_are_bitsandbytes_own() -> None:
     state = adam.state[parameter]
     real = sum(state[key].numel() * state[key].element_size() for key in ("state1", "state2", "absmax1", "absmax2"))
     assert moments_of(parameter.numel(), "adamw_8bit") == real
+
+
+def storages() -> dict[int, int]:
+    """Bytes of all tensors that Python knows, once for each address."""
+    found: dict[int, int] = {}
+    for tensor in gc.get_objects():
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@contextmanager
+def engine_of(config: Config, model: Llama) -> Iterator[Any]:
+    """DeepSpeed's engine around a model in this process alone, after two steps."""
+    place = start(config)
+    try:
+        model.packed_attention = row_attention
+        model.model.gradient_checkpointing = config.training.gradient_checkpointing == "on"
+        engine, _ = start_engine(config, model, place, deepspeed_settings(config, place, model.config))
+        tokens, labels = torch.arange(PACK.tokens)[None] % 90, torch.arange(PACK.labels)
+        for _ in range(2):
+            losses = engine(
+                tokens, positions=tokens, segments=torch.tensor(PACK.segments), label_positions=labels, labels=labels
+            )
+            engine.backward(losses.sum())
+            del losses
+            engine.step()
+        yield engine
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_stays_is_what_an_engine_holds_after_a_step(stage: int, method: str) -> None:
+    shape = tiny_config(hidden_size=64, intermediate_size=128, vocab_size=1024, num_hidden_layers=3)
+    config = job(method, {"stage": stage})
+    gc.collect()
+    before = storages()
+    model = random_llama(shape)
+    if method != "full":
+        add_lora(model, rank=4, alpha=8)
+    weights = weights_of(meta_model(config, shape, torch.float32), 3)
+    trainable = [w.numel * w.times for w in weights if w.trainable]
+    with engine_of(config, model) as engine:
+        bucket = engine.optimizer.reduce_bucket_size if stage else None
+        gc.collect()
+        real = sum(size for address, size in storages().items() if address not in before)
+    zero = Zero.of(config, torch.float32)
+    training = Training(sum(trainable), max(trainable), 2 if method == "full" else 1, 4, 1, 1, "adamw", "cpu")
+    resident, host, disk = resident_of(training, zero)
+    expected = sum(weight_bytes(weights, zero, 1).values()) + sum(resident.values())
+    assert real == pytest.approx(expected, rel=0.02)
+    assert bucket in (None, training.bucket(zero))
+    assert not host
+    assert not disk
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_visits_are_those_that_deepspeed_records(tmp_path: Path, method: str, checkpointing: str) -> None:
+    shape = tiny_config(hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    config = job(method, {"stage": 3}, gradient_checkpointing=checkpointing)
+    save_model(random_llama(shape), tmp_path)
+    model = load_model(tmp_path, quantize="nf4" if method == "qlora" else None, dtype=torch.float32)
+    if method != "full":
+        add_lora(model, rank=4, alpha=8)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with engine_of(config, model) as engine:
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        modules = coordinator._PartitionedParameterCoordinator__submodule_order
+        own = [
+            [*module.parameters(recurse=False), *(p for _, p in module.ds_external_parameters())] for module in modules
+        ]
+    real = [sorted(names[parameter] for parameter in parameters) for parameters in own]
+    short = meta_model(config, replace(shape, num_hidden_layers=3), torch.float32)
+    visits = visits_of(short, PACK, layers=4, checkpointing=checkpointing == "on", device="cpu")
+
+    def name(key: str) -> str:  # the middle layer's copies have numbers
+        name, copy = key.split()
+        return re.sub(r"layers\.\d+", f"layers.{copy}", name)
+
+    found = [sorted(name(key) for key, *_ in visit.own) for visit in visits if visit.begins]
+    assert found == real
+
+
+def test_gathering_ahead_takes_flat_buffers_and_copies() -> None:
+    """Four modules of 100 elements; two are fetched ahead, none is kept for its next use."""
+    own = [((f"p{number}", 100, 400),) for number in range(4)]
+    forward = [Visit(one, begins, 0.0) for one in own for begins in (True, False)]
+    section = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 200}
+    zero = Zero.of(job(zero=section | {"stage3_max_reuse_distance": 0}), torch.float32)
+    # p0 alone, p1 and p2 ahead in one buffer; p0 goes; both are copied out of it, p3 comes; p1 goes; p2 and the buffer
+    assert gathered_bytes(forward, zero, 2, "cuda") == [1200, 800, 2000, 1600, 800, 400, 400, 0]
+    pairs = zip(gathered_bytes(forward, zero, 2, "cpu"), gathered_bytes(forward, zero, 2, "cuda"), strict=True)
+    copies = [one - other for one, other in pairs]
+    assert copies == [800, 800, 400, 400, 400, 400, 0, 0]  # gloo's
+    assert gathered_bytes(forward, zero, 1, "cuda") == [1200, 800, 1200, 800, 800, 400, 400, 0]
+    capped = replace(zero, live=200)
+    assert gathered_bytes(forward, capped, 2, "cuda") == [800, 400, 800, 400, 800, 400, 400, 0]
 
 
 def terms(stage: int, *, ranks: int = 2, accumulation: int = 1, device: str = "cuda", **zero: Any) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ Under ZeRO-3 no rank ever holds the whole model: each parameter is partitioned a
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from torch import Tensor, nn
 
-from radllama.checkpoint import Partition, load_model
+from radllama.checkpoint import Partition, WeightFiles, load_model
 from radllama.config import Config
 from radllama.lora import add_lora
 from radllama.model import Llama, LlamaConfig
@@ -103,7 +102,8 @@ def random_model(
 
 
 def stored_in_4bit(source: Path) -> bool:
-    return "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+    """By the tensors that are there: a quantization_config outlives, with some tools, what it speaks of."""
+    return bool(WeightFiles(source).layers_4bit())
 
 
 def partition_of(settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Partition | None:

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -285,16 +285,16 @@ def write_model(
     path: str | Path,
     *,
     max_shard_bytes: int = 5 * 2**30,
-    side_files: Path | None = None,
+    side_files: Sequence[Path] = (),
 ) -> None:
     """Write tensors as they come, into shards, and config.json beside them; all or nothing.
 
-    side_files: a model folder whose tokenizer and other small files go along.
+    side_files: folders whose tokenizer and other small files go along, those of the last one first of all.
     """
     with atomic_folder(path) as folder:
         write_model_into(folder, tensors, config, max_shard_bytes=max_shard_bytes)
-        if side_files is not None:
-            copy_side_files(side_files, folder)
+        for source in side_files:
+            copy_side_files(source, folder)
 
 
 def write_model_into(
@@ -456,7 +456,7 @@ def quantize_folder(source: Path, target: Path, *, quant_type: QuantType, dtype:
             else:
                 yield name, tensor
 
-    write_model(tensors(), config, target, side_files=source)
+    write_model(tensors(), config, target, side_files=[source])
 
 
 def merge_folder(
@@ -496,7 +496,8 @@ def merge_folder(
                 first = end
             yield name, weight
 
-    write_model(tensors(), config, target, max_shard_bytes=max_shard_bytes, side_files=source)
+    # The model is asked as the adapter was trained: its prompt.json goes over the base's.
+    write_model(tensors(), config, target, max_shard_bytes=max_shard_bytes, side_files=[source, adapter])
 
 
 def describe(folder: Path) -> str:

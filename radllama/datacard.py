@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radllama.duplicates import REASONS, SPLITS, draw
 from radllama.held_out import HeldOut
-from radllama.pairs import FLAGS, POLICIES
+from radllama.pairs import FLAGS, LABELS, POLICIES
 
 UNREADABLE = (
     "undecodable",
@@ -26,7 +26,6 @@ UNREADABLE = (
 )
 FILTERED = ("short_findings", "short_impression", "placeholders", "impression_in_prompt", *POLICIES)
 STAGES = ("read", "readable", "findings and impression", "through the filters", "through the screen", "in the splits")
-LABELS = ("modality", "body_part")
 SHOWN = 20  # most frequent labels in the card
 Column = Callable[[str], NDArray[Any]]
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from radllama.fused import linear
 from radllama.model import Attend, Llama, LlamaConfig, lower_right_mask
 from radllama.quant import Linear4bit, kept
 from radllama.screen import Screen, can_screen
+
+logger = logging.getLogger("radllama")
 
 FILL_TOKENS = 1024  # of a pass that only fills the cache; 256 and 2048 took a twentieth longer on a CPU
 # Tokens that cost a pass little more than one does, as long as reading the weights takes longer than computing:
@@ -122,6 +125,8 @@ def decode(
     """Yield (a prompt's place in the list, what follows it), each as it is finished. See `generate`."""
     if any(not prompt for prompt in prompts):
         raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} is empty")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     if not prompts:
         return
     greedy = sampler.temperature == 0
@@ -129,13 +134,14 @@ def decode(
     slots = min(batch_size, len(waiting))
     drafter = Drafter(draft_tokens if greedy else 0, corpus)
     weight, was_training = model.model.embed_tokens.weight, model.training
+    length = max(map(len, prompts)) + max_new_tokens + draft_tokens  # where short drafts are padded, too
+    slots = slots_that_fit(model.config, slots, length, weight)
     width = WIDTH["cpu" if weight.device.type == "cpu" else "cuda"]
     model.eval()
     with ExitStack() as at_end:
         at_end.callback(model.train, was_training)
         if fits_dequantized(model) if keep_dequantized is None else keep_dequantized:
             at_end.enter_context(kept(model, weight.dtype, packed=True))
-        length = max(map(len, prompts)) + max_new_tokens + draft_tokens  # where short drafts are padded, too
         cache = KVCache(model.config, slots, length, weight.device, weight.dtype)
         shared = shared_prefix(prompts)
         cache.fill(model, [Piece(0, 0, prompts[0][:shared])])
@@ -156,6 +162,7 @@ def decode(
             for slot in reversed(range(len(rows))):
                 row = rows[slot]
                 if _accept(row, chosen[slot], drafter, stop_ids, max_new_tokens):
+                    drafter.forget(row.text)
                     yield from ((place, row.output) for place in row.places)
                     last = rows.pop()
                     if last is not row:  # it moves into the gap
@@ -281,7 +288,7 @@ class KVCache:
 
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Give the slots `targets` the first `length` tokens of another."""
-        for x in (self.k, self.v):
+        for x in (self.k, self.v) if targets else ():
             x[:, targets, :, :length] = x[:, source, None, :, :length]
 
     def attends(self, positions_BT: Tensor) -> list[Attend]:
@@ -365,6 +372,17 @@ def fits_dequantized(model: nn.Module) -> bool:
     return 2 * sum(layer.in_features * layer.out_features for layer in layers) * weight.itemsize <= free_memory(weight)
 
 
+def slots_that_fit(config: LlamaConfig, slots: int, length: int, weight: Tensor) -> int:
+    """As many slots of `length` tokens as a third of a GPU's free memory holds; a CPU's take what is written alone."""
+    if weight.device.type == "cpu":
+        return slots
+    values = config.num_hidden_layers * config.num_key_value_heads * length * config.head_dim
+    fitting = free_memory(weight) // 3 // (2 * values * weight.element_size())
+    if fitting < slots:
+        logger.warning("the longest prompt leaves room for %d of %d reports at a time", max(1, fitting), slots)
+    return min(slots, max(1, fitting))
+
+
 def free_memory(tensor: Tensor) -> int:
     """Bytes, where the tensor lies; 0 where that is unknown."""
     if tensor.is_cuda:
@@ -377,8 +395,8 @@ class Sampler:
     """Greedy, or temperature, top-k and top-p (Holtzman et al. 2020) in that order."""
 
     def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> None:
-        if temperature < 0:
-            raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
+        if temperature and not 1e-3 <= temperature < math.inf:  # below, fp32 logits overflow
+            raise ValueError(f"temperature: expected 0 (greedy) or at least 0.001, found {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected at least 1, found {top_k}")
         if top_p is not None and not 0 < top_p <= 1:

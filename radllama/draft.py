@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 
+MOST_KNOWN = 500_000  # runs of tokens written: a fifth of a gigabyte
 LONGEST = 4  # tokens that are looked up; more found no better drafts in radiology reports
 
 Follows = dict[tuple[int, ...], tuple[list[int], int]]  # a run of tokens: where it stood, and where it ended
@@ -22,15 +23,23 @@ class Drafter:
     def __init__(self, most: int, corpus: Iterable[list[int]] = ()) -> None:
         self.most = most
         self.prompts: dict[int, Follows] = {}  # of a row's text, by identity
-        self.known: Follows = {}  # the last of all that was seen
+        self.corpus: Follows = {}
         for text in corpus if most else ():
-            self.known.update(_runs(text, 1))
+            self.corpus.update(_runs(text, 1))
+        self.known = dict(self.corpus)  # the last of all that was seen
+        self.most_known = len(self.corpus) + MOST_KNOWN
 
     def read(self, text: list[int]) -> None:
         """A prompt, which is about to be continued in its place."""
         if self.most:
             # One token of it alone says little about what follows in an impression.
             self.prompts[id(text)] = dict(_runs(text, 2))
+
+    def forget(self, text: list[int]) -> None:
+        """The prompt of a row that is finished; what was written stays among `known`, up to `most_known` runs."""
+        self.prompts.pop(id(text), None)
+        if len(self.known) > self.most_known:
+            self.known = dict(self.corpus)
 
     def append(self, text: list[int], token: int) -> None:
         if self.most:

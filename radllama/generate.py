@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,14 @@ from tqdm import tqdm
 from radllama.checkpoint import find_model, load_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, Example, Prompt, check_vocabulary, read_examples
 from radllama.decode import Sampler, decode, generate, seed_of
-from radllama.files import write_rows
+from radllama.files import some, write_rows
 from radllama.lora import load_adapter
 from radllama.model import Llama
 from radllama.parts import Ranks, remove_parts, run_in_parts
 from radllama.similar import words
 from radllama.tokenizer import Tokenizer
+
+logger = logging.getLogger("radllama")
 
 __all__ = ["common_length", "consensus", "generate", "main", "predict", "predictions", "render"]
 
@@ -77,6 +80,13 @@ def predict(
     prompts = render(tokenizer, prompt, examples)
     rows = dict(predictions(model, tokenizer, prompts, examples, range(len(examples)), name=name, **options))
     return [rows[place] for place in range(len(examples))]
+
+
+def warn_of_length(model: Llama, prompts: list[list[int]], examples: list[Example], new: int) -> None:
+    most = model.config.max_position_embeddings
+    if long := [e.id for ids, e in zip(prompts, examples, strict=True) if len(ids) + new > most]:
+        logger.warning("with %d new tokens %d reports pass the %d tokens that the model was made for, and may come out "
+                       "badly: %s", new, len(long), most, some(long))  # fmt: skip
 
 
 def check_similar(similar: int, examples: list[Example], file: Path) -> None:
@@ -188,16 +198,19 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --batch-size, or give --quantize nf4", file=sys.stderr)
+        sys.exit(1)
     for file, rows in written.items():
         cut = sum(row["stop_reason"] == "length" for row in rows)
         print(f"wrote {file}: {len(rows)} predictions, {cut} cut at {options.max_new_tokens} tokens")
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str, Any]]]:
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for, but this machine shows no CUDA GPU; use cpu")
-    if options.max_new_tokens < 1 or options.batch_size < 1:
-        raise ValueError("--max-new-tokens and --batch-size: expected at least 1")
+    check_device(options.device, ranks.local_rank if ranks.world > 1 else 0)
+    for name in ("max_new_tokens", "batch_size", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     Sampler(options.temperature, options.top_k, options.top_p)
     if options.consensus < 1 or (options.consensus > 1 and options.temperature == 0):
         raise ValueError("--consensus: expected at least 1, and with more a --temperature above 0 (0.6, say)")
@@ -233,6 +246,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
             file = file.with_name(f"{file.stem}.{number}{file.suffix}")
         prompt = Prompt(tokenizer.prompt_format, (instruction,), similar)
         prompts = render(tokenizer, prompt, examples)
+        if first:
+            warn_of_length(model, prompts, examples, options.max_new_tokens)
         work = partial(
             predictions, model, tokenizer, prompts, examples, name=name, samples=options.consensus,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed,
@@ -243,8 +258,24 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[Path, list[dict[str,
         if first:
             written[file] = [row | extra for row in rows]
             write_rows(file, written[file])
-            remove_parts(file)
+    for file in written:  # only now: after an interruption the wordings that were done are not done again
+        remove_parts(file)
     return written
+
+
+def check_device(name: str, local_rank: int) -> None:
+    """ValueError where this machine has no such device for this rank."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: {name} is no device; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, found {name}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not count:
+        raise ValueError("--device: cuda was asked for, but this machine shows no CUDA GPU; use cpu")
+    if device.type == "cuda" and (device.index or local_rank) >= count:
+        raise ValueError(f"--device: this machine shows {count} GPUs; number {device.index or local_rank} is not there")
 
 
 def _settings(options: argparse.Namespace, source: Path, *more: Any) -> str:

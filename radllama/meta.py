@@ -26,6 +26,7 @@ from radllama.checkpoint import write_model
 from radllama.files import check_links, read_json
 from radllama.model import Llama, LlamaConfig, RopeScaling
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -73,10 +74,13 @@ def read_shards(folder: Path) -> list[dict[str, Tensor]]:
                 f"{file}: cannot be read as a .pth of plain tensors ({type(error).__name__}: {reason:.300})"
             ) from None
         if not isinstance(shard, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            isinstance(name, str)
+            and isinstance(tensor, Tensor)
+            and tensor.layout == torch.strided
+            and tensor.nbytes <= tensor.untyped_storage().nbytes()  # not a few bytes, expanded
             for name, tensor in shard.items()
         ):
-            raise ValueError(f"{file}: expected a dict of names and dense tensors")
+            raise ValueError(f"{file}: expected a dict of names and dense tensors, each with its bytes in the file")
         if shards and shard.keys() != shards[0].keys():
             raise ValueError(f"{file}: holds other tensors than {files[0].name}; were all files downloaded?")
         shards.append(shard)
@@ -135,8 +139,8 @@ def cut_along(name: str, parts: list[Tensor], shape: tuple[int, ...], folder: Pa
     cut = [d for d, size in enumerate(shape) if len(found) == len(shape) and found[d] != size]
     if len(shapes) > 1 or len(found) != len(shape) or len(cut) > 1 or any(found[d] * count != shape[d] for d in cut):
         raise ValueError(f"{folder}: {name}: params.json says {shape}, the {count} file(s) hold {sorted(shapes)}")
-    if any(not part.is_floating_point() for part in parts):
-        raise ValueError(f"{folder}: {name}: expected floating point, found {parts[0].dtype}")
+    if wrong := [part.dtype for part in parts if part.dtype not in DTYPES]:
+        raise ValueError(f"{folder}: {name}: expected {', '.join(map(str, DTYPES))}, found {wrong[0]}")
     if not cut and any(not torch.equal(part, parts[0]) for part in parts[1:]):
         raise ValueError(f"{folder}: {name}: differs between the files, which should all hold the whole of it")
     return cut[0] if cut else None
@@ -171,7 +175,7 @@ def import_meta(source: Path, target: Path, *, rope_factor: float = 8.0, dtype: 
             yield name, tensor.to(dtype or tensor.dtype)
             del tensor  # before the next one is made
 
-    write_model(tensors(), config, target, side_files=source)
+    write_model(tensors(), config, target, side_files=[source])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{options.output}: exists; choose another folder or remove it")
         if not options.input.is_dir():
             raise ValueError(f"{options.input}: no such folder")
+        if not 1 <= options.rope_factor <= 1e6:
+            raise ValueError(f"--rope-factor: expected a number from 1 to 1e6, found {options.rope_factor}")
         dtype = getattr(torch, options.dtype) if options.dtype else None
         import_meta(options.input, options.output, rope_factor=options.rope_factor, dtype=dtype)
         print(f"wrote {options.output}")

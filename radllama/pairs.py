@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, get_args
 
@@ -17,11 +18,12 @@ from radllama.faithful import unsupported
 from radllama.intake import FIELDS, encodable
 from radllama.sections import leaks, parse_report, renumber
 
-VERSION = "1"  # of the filters below
+VERSION = "2"  # of the filters below
 Policy = Literal["flag", "drop", "off"]
 CLAIMS = ("prior", "number", "side", "negation", "entity")  # of the impression, as faithful.unsupported names them
 POLICIES = ("placeholder", "repeated", "language", *CLAIMS)
-FLAGS = (*POLICIES, "addendum", "indication_withheld", "comparison_withheld")
+LABELS = ("modality", "body_part")
+FLAGS = (*POLICIES, "addendum", *(f"{name}_withheld" for name in ("indication", "comparison", *LABELS)))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,11 @@ def process(record: Mapping[str, Any], options: Options = Options()) -> Pair | D
 def _text(value: Any) -> str:
     if type(value) is str:
         return value.strip()
-    return "" if value is None or value != value else str(value).strip()
+    try:
+        missing = value is None or bool(value != value)
+    except (TypeError, ValueError):  # pandas' NA has no truth value, nor has an array
+        missing = repr(value) == "<NA>"
+    return "" if missing else str(value).strip()
 
 
 def _problems(findings: str, impression: str, context: str, options: Options) -> list[str]:
@@ -216,16 +222,20 @@ def _english(text: str) -> bool:
 
 
 def _screened(pair: Pair, flags: list[str], options: Options) -> Pair | Dropped:
-    """The pair without identifiers. Under "screen" an indication or a comparison that holds some is left out: a date of
+    """The pair without identifiers. Under "screen" a field beside the report that holds some is left out: a date of
     comparison stands in most reports, and the pair does not need it."""
     texts = {name: getattr(pair, name) for name in ("findings", "impression", "indication", "comparison")}
+    labels = {name: getattr(pair, name) for name in LABELS}
     find = screen_with_presidio if options.deid_backend == "presidio" else screen
-    if options.deid == "off" or not (found := find("\n\n".join(texts.values()))):
+    if options.deid != "off":
+        found = find("\n\n".join(texts.values())) + [item for text in labels.values() for item in in_label(find, text)]
+    if options.deid == "off" or not found:
         return replace(pair, flags=tuple(flags)) if flags else pair
+    texts |= labels
     if options.deid == "screen":
         if inside := find(f"{pair.findings}\n\n{pair.impression}"):
             return Dropped(pair.id, "identifier", _kinds(inside))
-        for name in ("indication", "comparison"):
+        for name in ("indication", "comparison", *LABELS):
             if find(texts[name]):
                 texts[name] = ""
                 flags.append(f"{name}_withheld")
@@ -235,6 +245,12 @@ def _screened(pair: Pair, flags: list[str], options: Options) -> Pair | Dropped:
     else:
         texts = {n: redact(redact(text, find(text))) for n, text in texts.items()}
     return replace(pair, **texts, flags=tuple(flags), identifiers=_kinds(found))
+
+
+@lru_cache(maxsize=4096)
+def in_label(find: Callable[[str], list[Identifier]], text: str) -> list[Identifier]:
+    """A label is screened by itself, once: a department has few. Beside another, MR would be a title."""
+    return find(text)
 
 
 def _kinds(found: list[Identifier]) -> str:

@@ -224,7 +224,7 @@ def measured_pack(config: Config, ranks: int) -> PackShape | None:
     if not source.is_dir() or not Path(config.data.train).is_file():
         return None
     tokenizer = Tokenizer.from_dir(source, prompt_format=config.model.prompt_format)
-    prompt = Prompt(tokenizer.prompt_format, tuple(config.data.instructions or INSTRUCTIONS))
+    prompt = Prompt(tokenizer.prompt_format, tuple(config.data.instructions or INSTRUCTIONS), config.data.similar)
     rows = open_cache(config.data.train, tokenizer, prompt) or read_examples(config.data.train)
     reports = Reports(
         rows, tokenizer, prompt, max_length=config.data.max_length, seed=t.seed, name=config.data.train,

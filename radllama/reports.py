@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from radllama import clinical, deid, duplicates, pairs, sections
-from radllama.datacard import LABELS, UNREADABLE, contamination, describe, funnel, write_card
+from radllama.datacard import UNREADABLE, contamination, describe, funnel, write_card
 from radllama.held_out import near_held_out
 from radllama.intake import FIELDS, Bad, Chunk, Columns, chunks, records, sources, total_bytes
-from radllama.pairs import FLAGS, POLICIES, Dropped, Options, Pair, Policy, process, pseudonym
+from radllama.pairs import FLAGS, LABELS, POLICIES, Dropped, Options, Pair, Policy, process, pseudonym
 from radllama.planted import CANARIES_FILE, plant
 from radllama.sections import ParsedReport, Section, parse_report
 from radllama.store import FILES, KEPT, Scanned, Store

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radllama import duplicates
-from radllama.datacard import LABELS
+from radllama.pairs import LABELS
 
 logger = logging.getLogger("radllama")
 

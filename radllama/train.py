@@ -125,6 +125,9 @@ def prepare(
     prompt = Prompt(tokenizer.prompt_format, wordings, config.data.similar)
     shape = LlamaConfig.from_json(source)
     check_vocabulary(tokenizer, shape.vocab_size, source=str(source))
+    if config.data.max_length > shape.max_position_embeddings:
+        most = shape.max_position_embeddings
+        logger.warning("data.max_length: %d tokens, and the model was made for %d", config.data.max_length, most)
     settings = deepspeed_settings(config, place, shape)
     check_disk(settings["zero_optimization"])
     warn_of_untrained_headers(config, source, tokenizer)

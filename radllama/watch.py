@@ -257,8 +257,12 @@ def free_compile_locks() -> list[Path]:
 def open_files(folder: Path) -> set[Path]:
     """Files below a folder that some process, among those one may look into, has open."""
     found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            path = link.readlink()
-            found |= {path} if path.is_relative_to(folder.resolve()) else set()
+    for process in Path("/proc").glob("[0-9]*"):
+        links: list[Path] = []
+        with suppress(OSError):  # it may end at any moment
+            links = list((process / "fd").iterdir())
+        for link in links:
+            with suppress(OSError):
+                path = link.readlink()
+                found |= {path} if path.is_relative_to(folder.resolve()) else set()
     return {folder / path.relative_to(folder.resolve()) for path in found}

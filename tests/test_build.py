@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from conftest import random_llama, tiny_config
 from torch import Tensor, nn
 
-from radllama.build import partition_of, random_model
+from radllama.build import partition_of, random_model, stored_in_4bit
 from radllama.checkpoint import load_model, save_model
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
@@ -59,3 +60,13 @@ def test_random_weights_in_parts() -> None:
 @pytest.mark.parametrize("settings", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 2}}])
 def test_below_stage_3_nothing_is_partitioned(settings: dict[str, Any]) -> None:
     assert partition_of(settings, torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("said", [None, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+def test_weights_are_in_4_bits_where_the_tensors_are(tmp_path: Path, said: Any) -> None:
+    save_model(random_llama(CONFIG), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    assert not stored_in_4bit(tmp_path / "model")
+    save_model(load_model(tmp_path / "model", quantize="nf4"), tmp_path / "small")
+    assert stored_in_4bit(tmp_path / "small")

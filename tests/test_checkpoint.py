@@ -592,6 +592,9 @@ def test_side_files_come_with_the_model_or_not_at_all(
     assert (tmp_path / "out" / "original" / "tokenizer.model").read_text() == "original/tokenizer.model"
     run(["merge", "--model", source, "--adapter", adapter, "--output", tmp_path / "merged"])
     assert files_of(tmp_path / "merged").keys() == files_of(tmp_path / "out").keys()
+    (adapter / "prompt.json").write_text("the adapter's")
+    run(["merge", "--model", source, "--adapter", adapter, "--output", tmp_path / "asked"])
+    assert (tmp_path / "asked" / "prompt.json").read_text() == "the adapter's"
 
 
 def test_shards_are_written_tensor_by_tensor_as_safetensors_reads_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from radllama import decode as decode_module
 from radllama.decode import KVCache, Sampler, fits_dequantized, generate, greedy_loop, shared_prefix
+from radllama.draft import Drafter
 from radllama.lora import add_lora, replace_layer
 from radllama.model import Llama, RopeScaling
 from radllama.quant import Linear4bit, kept
@@ -232,7 +234,18 @@ def test_top_k_and_top_p_against_plain_loops() -> None:
             torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arguments", [(-1.0, None, None), (1.0, 0, None), (1.0, None, 0.0), (1.0, None, 1.5)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (-1.0, None, None),
+        (math.nan, None, None),
+        (math.inf, None, None),
+        (1e-40, None, None),
+        (1.0, 0, None),
+        (1.0, None, 0.0),
+        (1.0, None, 1.5),
+    ],
+)
 def test_bad_sampling_settings(arguments: tuple[float, int | None, float | None]) -> None:
     with pytest.raises(ValueError, match=r"temperature|top_k|top_p"):
         Sampler(*arguments)
@@ -241,6 +254,29 @@ def test_bad_sampling_settings(arguments: tuple[float, int | None, float | None]
 def test_an_empty_prompt_is_refused(model: Llama) -> None:
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], stop_ids=(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, found 0"):
+        generate(model, [[1]], stop_ids=(), max_new_tokens=0)
+
+
+def test_finished_rows_are_forgotten(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafters: list[Drafter] = []
+    monkeypatch.setattr(decode_module, "Drafter", lambda *given: drafters.append(Drafter(*given)) or drafters[-1])
+    generate(model, [[1, 2, 3], [4, 5], [1, 2, 3]], stop_ids=(), max_new_tokens=4)
+    assert not drafters[0].prompts
+
+
+def test_a_gpus_cache_leaves_room(model: Llama, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    shape, length = model.config, 100
+    slot = 2 * shape.num_hidden_layers * shape.num_key_value_heads * length * shape.head_dim * 2
+    weight = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    for free, expected in ((3 * 5 * slot, 5), (3 * 5 * slot - 1, 4), (10**12, 8), (1, 1)):
+        monkeypatch.setattr(decode_module, "free_memory", lambda _, free=free: free)
+        assert decode_module.slots_that_fit(shape, 8, length, weight) == expected
+    assert "room for 4 of 8 reports" in caplog.text
+    assert decode_module.slots_that_fit(shape, 8, length, torch.empty(0)) == 8
+    x = KVCache(tiny_config(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1), 1, 4,
+                       torch.device("cpu"), torch.float32)  # fmt: skip
+    x.copy(0, [], 2)
 
 
 # The cache

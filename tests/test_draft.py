@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from radllama import draft
 from radllama.draft import LONGEST, Drafter
 
 
@@ -65,3 +68,20 @@ def test_the_end_of_a_text_says_nothing_and_short_texts_do_no_harm() -> None:
     empty: list[int] = []
     drafter.read(empty)
     assert drafter.guess(empty, 8) == []
+
+
+def test_what_is_finished_is_forgotten_and_what_was_written_only_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft, "MOST_KNOWN", 50)
+    drafter, most = Drafter(2, corpus=[[1, 2, 3]]), 0
+    for number in range(40):
+        row = [90, 91]
+        drafter.read(row)
+        for token in (number + 100, number + 200, number + 300):
+            drafter.append(row, token)
+        drafter.forget(row)
+        most = max(most, len(drafter.known))
+        assert not drafter.prompts
+    assert most < 50 + 3 * LONGEST + 3
+    row = [5, 1]
+    drafter.read(row)
+    assert drafter.guess(row, 8) == [2, 3]  # the corpus stays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import random_llama, synthetic_examples, tiny_config
@@ -15,7 +16,8 @@ from test_parts import start
 from radllama import generate as module
 from radllama.checkpoint import save_model
 from radllama.data import HELD_OUT_INSTRUCTIONS, Prompt
-from radllama.generate import common_length, consensus, predict
+from radllama.generate import common_length, consensus, predict, predictions
+from radllama.parts import run_in_parts
 from radllama.tokenizer import Tokenizer
 
 
@@ -66,6 +68,11 @@ def test_the_command_line(tmp_path: Path, tokenizer_folder: Path, capsys: pytest
         ["--corpus", str(tmp_path / "none.jsonl")],
         ["--corpus", str(pairs), "--temperature", "1"],
         ["--max-new-tokens", "0"],
+        ["--limit", "0"],
+        ["--temperature", "nan"],
+        ["--device", "gpu"],
+        ["--device", "meta"],
+        ["--device", "cuda:99"],
         ["--model", str(tmp_path / "no")],
     ):
         with pytest.raises(SystemExit) as caught:
@@ -165,3 +172,36 @@ def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         module.main(["--model", "m", "--input", "x", "--output", str(tmp_path)])
     assert f"--output: {tmp_path} is a folder; give the file to write" in capsys.readouterr().err
+
+
+def test_reports_longer_than_the_model_was_made_for_are_named(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.from_dir(tokenizer_folder)
+    save_model(random_llama(tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=200)), tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    rows = [{"id": "short", "findings": "Clear lungs."}, {"id": "long", "findings": "Clear lungs. " * 100}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", str(tmp_path / "m"), "--input", str(tmp_path / "in.jsonl")]
+    module.main([*common, "--output", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"])
+    assert "1 reports pass the 200 tokens" in caplog.text
+    assert caplog.text.rstrip().endswith("badly: long")
+
+    def interrupted(ranks: Any, file: Path, *arguments: Any) -> Any:
+        if file.name == "several.2.jsonl":
+            raise KeyboardInterrupt
+        return run_in_parts(ranks, file, *arguments)
+
+    (tmp_path / "wordings.txt").write_text("One.\nTwo.\n")
+    several = [*common, "--output", str(tmp_path / "several.jsonl"), "--max-new-tokens", "2"]
+    several += ["--instructions", str(tmp_path / "wordings.txt")]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_in_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(several)
+    with monkeypatch.context() as patch:  # the first wording is not asked again
+        drawn: list[int] = []
+        patch.setattr(module, "predictions", lambda *a, **o: drawn.append(len(a[4])) or predictions(*a, **o))
+        module.main(several)
+    assert drawn == [0, 2]
+    assert not list(tmp_path.glob("*.partial*"))

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "held_out": {"duplicates"},
     "pairs": {"deid", "faithful", "intake", "sections"},
     "datacard": {"duplicates", "held_out", "pairs"},
-    "store": {"datacard", "duplicates"},
+    "store": {"duplicates", "pairs"},
     "reports": {
         *{"store", "clinical", "datacard", "deid", "duplicates", "held_out", "intake", "pairs", "planted", "sections"}
     },

@@ -200,7 +200,15 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "misshapen": (with_tensors(lambda t: t.update({UP: torch.ones(32, 48)})), rf"{UP}: params.json says \(48, 32\)"),
     "integers": (
         with_tensors(lambda t: t.update({NORM: torch.ones(32).int()})),
-        "norm.weight: expected floating point",
+        "norm.weight: expected torch.bfloat16, .* found torch.int32",
+    ),
+    "float8": (
+        with_tensors(lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)})),
+        "norm.weight: expected torch.bfloat16, .* found torch.float8_e4m3fn",
+    ),
+    "a bomb": (
+        with_tensors(lambda t: t.update({UP: torch.ones(1, 1).expand(48, 32)})),
+        r"00\.pth: expected .* dense tensors, each with its bytes in the file",
     ),
     "another part": (lambda f: torch.save({}, f / "consolidated.01.pth"), r"01\.pth: holds other tensors"),
 }

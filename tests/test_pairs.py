@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +119,39 @@ def test_a_withheld_context_does_not_cost_the_pair() -> None:
     assert found.identifiers == "date:1"
     assert pair(record, deid="off").comparison == "CT of 3/4/2016."
     assert pair(record, deid="redact").comparison == "CT of [DATE]."
+
+
+@pytest.mark.parametrize("name", ["modality", "body_part"])
+def test_labels_are_screened_by_themselves(name: str) -> None:
+    record = {"findings": LONG, "impression": "Normal chest.", "modality": "MR", "body_part": "Brain"}
+    assert pair(record).flags == ()  # MR is no title
+    record[name] = "Chest, Mr. John Smith MRN: 1234567"
+    found = pair(record)
+    assert (getattr(found, name), found.flags) == ("", (f"{name}_withheld",))
+    assert found.identifiers == "mrn:1 name:1"
+    assert getattr(pair(record, deid="redact"), name) == "Chest, Mr. [NAME] MRN: [MRN]"
+    assert "Smith" not in getattr(pair(record, deid="redact", surrogates=True, key=b"k" * 32), name)
+    assert getattr(pair(record, deid="off"), name) == record[name]
+
+
+class Missing:
+    """As pandas' NA: no truth value, not even of a comparison."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __repr__(self) -> str:
+        return "<NA>"
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_values_of_table_engines() -> None:
+    record = {"findings": LONG, "impression": "Normal chest.", "modality": Missing(), "body_part": np.array(["a", "b"])}
+    assert (pair(record).modality, pair(record).body_part) == ("", "['a' 'b']")
 
 
 def test_redaction_and_surrogates() -> None:

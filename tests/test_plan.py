@@ -337,7 +337,7 @@ def test_estimated_packs_follow_the_batch() -> None:
         estimated_pack(config, 1, tokens_per_report=60, prefix=65)
 
 
-def test_the_jobs_own_data_give_the_packs() -> None:
+def test_the_jobs_own_data_give_the_packs(tmp_path: Path) -> None:
     config = read_config(ROOT / "qlora.json")
     config = changed(
         config, [f"model.path={ROOT / 'assets/tiny-llama3'}", f"data.train={ROOT / 'assets/reports/train.jsonl'}"]
@@ -347,6 +347,14 @@ def test_the_jobs_own_data_give_the_packs() -> None:
     assert found.tokens > 32 * 60
     assert sum(prefix >= 0 for _, prefix in found.segments) == 32
     assert measured_pack(job(), 1) is None
+    rows = [
+        json.loads(line) | {"similar": ["No acute disease."]}
+        for line in Path(config.data.train).read_text().splitlines()
+    ]
+    (tmp_path / "similar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = measured_pack(changed(config, [f"data.train={tmp_path / 'similar.jsonl'}", "data.similar=1"]), 1)
+    assert asked
+    assert asked.tokens >= found.tokens + 32 * 5  # what stands in every prompt
 
 
 GPUS = {path.stem: int(path.stem.rpartition("-")[2][:-3]) for path in (ROOT / "configs").glob("llama3-*.json")}

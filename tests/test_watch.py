@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,6 +62,20 @@ def test_only_compile_locks_that_nobody_holds_are_freed(
             assert watch.free_compile_locks() == []
         assert f"no process of this machine holds {stale}; remove it" in caplog.text
         assert watch.free_compile_locks() == [stale]
+        stale.touch()
+        with monkeypatch.context() as patch:  # processes that end while they are looked into
+
+            def ending(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+                def look(path: Any) -> Any:
+                    if re.fullmatch(r"/proc/\d+/fd", str(path)) and str(os.getpid()) not in str(path):
+                        raise FileNotFoundError(2, "No such file or directory", str(path))
+                    return find(path)
+
+                return look
+
+            for name in ("scandir", "listdir"):
+                patch.setattr(os, name, ending(getattr(os, name)))
+            assert watch.free_compile_locks() == [stale]
         assert not stale.exists()
         assert held.exists()
         assert other.exists()

@@ -4,8 +4,8 @@
 
 The model and the work are those of bench/step.py, and only `ours` runs. Each sweep changes one thing: 1 to 64 reports
 of about the median length in a pack; 8 reports of about one length each, from the shortest to the longest of the file;
-8 reports of the median length at ranks 8 to 128. Each rank is a process of its own. Memory is the most resident (VmHWM)
-during a point's steps, less what was resident when the imports were done. Seconds are medians.
+8 reports of the median length at ranks 8 to 128. Each point is a process of its own. Memory is the most resident
+(VmHWM) during its steps, less what was resident when the imports were done. Seconds are medians.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from radllama.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[1]
 COUNTS, RANKS, RANK, REPORTS = (1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64, 128), 64, 8
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # of the reports that are shorter
-STEPS = 4  # of a point; the first is not timed
+STEPS = 6  # of a point; the first is not timed
 BLUE, RED = "#1f5fa8", "#b5541c"
 
 
@@ -50,41 +50,40 @@ def about(rows: list[Row], share: float, count: int) -> list[Row]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Measure one rank's points, (reports in a pack, share of all that are shorter), and print a JSON line for each."""
+    """Measure one point, and print it as a JSON line."""
+    rank, count, share = options.point
     torch.set_num_threads(options.threads)
     before = memory("VmRSS")
     model = random_model(LlamaConfig(**SHAPE), 0, device=torch.device("cpu"), dtype=torch.float32)
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             replace_layer(model, f"model.{name}", Linear4bit.from_weight(layer.weight))
-    add_lora(model, rank=options.rank, alpha=2 * options.rank)
+    add_lora(model, rank=rank, alpha=2 * rank)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-5, fused=True)
     tokenizer = Tokenizer.from_dir(options.tokenizer)
     prompt = Prompt(tokenizer.prompt_format, INSTRUCTIONS[:1])
     reports = Reports(
         read_examples(options.pairs), tokenizer, prompt, max_length=1024, seed=0, name=str(options.pairs))  # fmt: skip
     rows = sorted((reports.row(index, 0) for index in range(len(reports))), key=lambda row: len(row.ids))
+    chosen = about(rows, share, STEPS * count)
     keep_freed_memory()
-    for count, share in options.points:
-        chosen = about(rows, share, STEPS * count)
-        seconds, tokens = [], []
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        for number in range(STEPS):
-            batch = pack(sorted(chosen[number * count :][:count], key=lambda row: len(row.ids)))
-            begun = time.perf_counter()
-            losses = model(
-                batch.tokens, positions=batch.positions, segments=batch.segments,
-                label_positions=batch.label_positions, labels=batch.labels)  # fmt: skip
-            losses.mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - begun)
-            tokens.append(batch.tokens.numel())
-            del losses
-        point = {"rank": options.rank, "reports": count, "share": share, "tokens": statistics.median(tokens[1:])}
-        point |= {"seconds": statistics.median(seconds[1:]), "gigabytes": memory("VmHWM") - before}
-        print(json.dumps(point), flush=True)
+    seconds, tokens = [], []
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    for number in range(STEPS):
+        batch = pack(sorted(chosen[number * count :][:count], key=lambda row: len(row.ids)))
+        begun = time.perf_counter()
+        losses = model(
+            batch.tokens, positions=batch.positions, segments=batch.segments,
+            label_positions=batch.label_positions, labels=batch.labels)  # fmt: skip
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begun)
+        tokens.append(batch.tokens.numel())
+        del losses
+    point = {"rank": rank, "reports": count, "share": share, "tokens": statistics.median(tokens[1:])}
+    print(json.dumps(point | {"seconds": statistics.median(seconds[1:]), "gigabytes": memory("VmHWM") - before}))
 
 
 def draw(points: list[dict[str, Any]], picture: Path) -> None:
@@ -128,36 +127,28 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with Llama 3's; default: the package llama-models'")
     parser.add_argument("--picture", type=Path, default=ROOT / "runs/step.png")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--points", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.tokenizer = options.tokenizer or Path(
         str(importlib.metadata.distribution("llama-models").locate_file("llama_models/llama3"))
     )
-    if options.rank:
+    if options.point:
         work(options)
         return
+    wanted = [(RANK, count, 0.5) for count in COUNTS]
+    wanted += [(RANK, REPORTS, share) for share in SHARES if share != 0.5]
+    wanted += [(rank, REPORTS, 0.5) for rank in RANKS if rank != RANK]
     points = []
-    several = [(count, 0.5) for count in COUNTS] + [(REPORTS, share) for share in SHARES if share != 0.5]
-    progress = tqdm(total=len(several) + len(RANKS) - 1, unit="point")
-    for rank in (RANK, *(rank for rank in RANKS if rank != RANK)):
-        wanted = json.dumps(several if rank == RANK else [(REPORTS, 0.5)])
-        command = [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--points", wanted]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                if not line.startswith("{"):
-                    continue
-                point = json.loads(line)
-                points.append(point)
-                progress.update()
-                progress.write(
-                    f"rank {rank:>3}, {point['reports']:>2} reports, {point['tokens']:>6.0f} tokens: "
-                    f"{point['seconds']:6.2f} s, {point['seconds'] / point['reports']:.3f} s a report, "
-                    f"{point['gigabytes']:.2f} GB"
-                )
-        if process.returncode:
-            sys.exit(f"rank {rank}: its process ended with {process.returncode}")
-    progress.close()
+    for one in tqdm(wanted, unit="point"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--point", json.dumps(one)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        point = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        points.append(point)
+        tqdm.write(
+            f"rank {point['rank']:>3}, {point['reports']:>2} reports, {point['tokens']:>6.0f} tokens: "
+            f"{point['seconds']:6.2f} s, {point['seconds'] / point['reports']:.3f} s a report, "
+            f"{point['gigabytes']:.2f} GB"
+        )
     draw(points, options.picture)
     print(f"wrote {options.picture}")
 

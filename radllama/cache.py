@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from radllama.data import Example, OnDemand, Prompt, Row, faulty_lines, parse_lines, repeated_id
-from radllama.files import lines_of
+from radllama.files import lines_of, sync
 from radllama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -467,12 +467,3 @@ class Writer:
         with self._stream:
             self._stream.flush()
             os.fsync(self._stream.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

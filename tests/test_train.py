@@ -118,6 +118,20 @@ class Cut(BaseException):
     pass
 
 
+def train_until(config: Config, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as a run that ends within the step after `last`."""
+
+    def bomb(step: int, total: int, config: Config) -> float:
+        if step == last:
+            raise Cut
+        return learning_rate_at(step, total, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "learning_rate_at", bomb)
+        with pytest.raises(Cut):
+            train(config)
+
+
 @pytest.mark.parametrize(("method", "stage"), [("qlora", 1), ("full", 2), ("lora", 3)])
 def test_resume_is_bit_exact(make: Make, monkeypatch: pytest.MonkeyPatch, method: str, stage: int) -> None:
     options: dict[str, Any] = {"steps": 7, "save_every": 3, "validate_every": 2}
@@ -125,16 +139,7 @@ def test_resume_is_bit_exact(make: Make, monkeypatch: pytest.MonkeyPatch, method
         options["dropout"] = 0.2
     whole = train(parse_config(make("whole", method, stage, **options)))
     cut = parse_config(make("cut", method, stage, **options))
-
-    def bomb(step: int, total: int, config: Config) -> float:
-        if step == 5:
-            raise Cut
-        return learning_rate_at(step, total, config)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "learning_rate_at", bomb)
-        with pytest.raises(Cut):
-            train(cut)
+    train_until(cut, 5, monkeypatch)
     folder = train(cut, resume=True)
     keys = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm")
     assert records(folder, *keys) == records(whole, *keys)
@@ -573,16 +578,7 @@ def test_what_is_swapped_to_disk_trains_as_zero_0_does(
         swapped.clear()
         config = parse_config(wide(name, method, {key: disks[key] for key in parts}, save_every=2))
         if name == "cut":
-
-            def bomb(step: int, total: int, config: Config) -> float:
-                if step == 2:
-                    raise Cut
-                return learning_rate_at(step, total, config)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(module, "learning_rate_at", bomb)
-                with pytest.raises(Cut):
-                    train(config)
+            train_until(config, 2, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(module.Run, "loop", frozen_is_as_loaded(module.Run.loop))
             run = train(config, resume=name == "cut")

@@ -168,7 +168,7 @@ def test_eight_bit_moments_are_bitsandbytes_own() -> None:
 
 
 def storages() -> dict[int, int]:
-    """Bytes of all tensors that Python knows, once for each address; not of those that compilers keep in place of some."""
+    """Bytes of all tensors that Python knows, once for each address; compilers keep stand-ins, which are none."""
     found: dict[int, int] = {}
     for tensor in gc.get_objects():
         if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:

@@ -289,7 +289,7 @@ def write_model(
 ) -> None:
     """Write tensors as they come, into shards, and config.json beside them; all or nothing.
 
-    side_files: folders whose tokenizer and other small files go along, those of the last one first of all.
+    side_files: folders whose tokenizer and other small files go along; a later one's replace an earlier one's.
     """
     with atomic_folder(path) as folder:
         write_model_into(folder, tensors, config, max_shard_bytes=max_shard_bytes)
@@ -416,11 +416,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        for path in (*beside.rglob("*"), beside):
+            sync(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    for path in (*beside.rglob("*"), beside):
-        sync(path)
     if target.exists():
         target.rename(old)
     beside.rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,22 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
+def keep_few_kernels(most: int = 64) -> None:
+    """From now on oneDNN keeps the last `most` of its kernels, of 0.7 MB each, in place of 1,024.
+
+    It compiles one for each shape that it meets, in 0.4 ms. A layer needs less than 64 of them for its forward and
+    backward pass; those of another pack's length hardly ever come again, and cost a process a gigabyte. Before the
+    process's first product; what the environment says already stays.
+    """
+    for cache_of in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own and torch's above it
+        os.environ.setdefault(cache_of, str(most))
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 matrices, which take half of fp32's time or less."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 class Linear(nn.Linear):
     """nn.Linear without a bias, by `linear`, in the backward pass too."""
 
@@ -110,3 +127,39 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         up_grad = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), up_grad
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in fp32 but for the product (Zhang & Sennrich 2019)."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`plain_rms_norm` that keeps x and a number for each row, where autograd keeps three times x in fp32."""
+    result: Tensor = _RMSNorm.apply(x, weight, eps)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        x_grad, weight_grad = None, None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            wide = (grad * weight).float()
+            along = (wide * normed).mean(-1, keepdim=True)  # what would only make x longer
+            x_grad = wide.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        return x_grad, weight_grad, None

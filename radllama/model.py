@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from radllama.fused import Linear, swiglu
+from radllama.fused import Linear, rms_norm, swiglu
 from radllama.loss import chunked_cross_entropy
 
 # (q_BHTD, k_BKTD, v_BKTD) -> out_BHTD
@@ -130,9 +130,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        x = x_BTC.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(x_BTC.dtype)
+        return rms_norm(x_BTC, self.weight, self.eps)
 
 
 @lru_cache

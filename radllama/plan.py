@@ -24,6 +24,7 @@ from radllama.cache import open_cache
 from radllama.config import Config, parse_config, read_config
 from radllama.data import INSTRUCTIONS, Prompt, Reports, pack, read_examples, spread
 from radllama.dry_run import PackShape, Pass, Visit, meta_model, micro_step, visits_of, weights_of
+from radllama.fused import multiplies_bf16
 from radllama.model import LlamaConfig
 from radllama.tokenizer import Tokenizer
 from radllama.zero import (
@@ -192,7 +193,7 @@ def dtype_of(config: Config, device: str) -> torch.dtype:
     if config.training.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.training.dtype)
         return chosen
-    return torch.bfloat16 if device == "cuda" or torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16 if device == "cuda" or multiplies_bf16() else torch.float32
 
 
 def estimated_pack(config: Config, ranks: int, *, tokens_per_report: int, prefix: int) -> PackShape:

@@ -51,6 +51,7 @@ from radllama.data import (
     read_examples,
     spread,
 )
+from radllama.fused import keep_few_kernels, multiplies_bf16
 from radllama.guard import Guard, mean_losses
 from radllama.heap import keep_freed_memory, return_freed_memory
 from radllama.lora import lora_parameters, save_adapter
@@ -371,6 +372,7 @@ def start(config: Config) -> Place:
         deepspeed.init_distributed(dist_backend="nccl" if accelerator == "cuda" else "gloo", verbose=False)
     device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
     dtype, reason = choose_dtype(config, device)
+    keep_few_kernels()
     place = Place(dist.get_rank(), dist.get_world_size(), local_rank, device, dtype)
     if place.rank != 0:
         logger.setLevel(logging.WARNING)
@@ -395,9 +397,9 @@ def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU computes in bf16"
         return torch.float16, "this GPU has no bf16; fp16 with loss scaling"
-    if torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "this CPU multiplies bf16 matrices in hardware (AMX)"
-    return torch.float32, "without AMX, fp32 matrix products are faster than bf16 on a CPU"
+    if multiplies_bf16():
+        return torch.bfloat16, "this CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16)"
+    return torch.float32, "without AMX or AVX512-BF16, fp32 matrix products are faster than bf16 on a CPU"
 
 
 def free_port() -> int:

@@ -149,6 +149,19 @@ def test_a_cpu_keeps_the_plain_form() -> None:
     assert torch.equal(row_attention(segments)(q, k, v), packed_attention(segments)(q, k, v))
 
 
+def test_a_cpu_attends_in_fp32() -> None:
+    """bf16 goes in and out, and nothing is rounded in between, in the backward pass neither."""
+    segments = torch.tensor(ROWS["two prefixes"])
+    narrow = [x.detach().bfloat16().requires_grad_() for x in qkv(int(segments[:, 0].sum()))]
+    wide = [x.detach().float().requires_grad_() for x in narrow]
+    found, expected = row_attention(segments)(*narrow), packed_attention(segments)(*wide)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grads = zip(torch.autograd.grad(found, narrow, weights), torch.autograd.grad(expected, wide, weights.float()), strict=True)
+    assert all(torch.equal(one, other.bfloat16()) for one, other in grads)
+
+
 def test_the_plain_form_takes_some_queries_too() -> None:
     for row in ROWS.values():
         agree(torch.tensor(row), torch.arange(0, sum(length for length, _ in row), 2))

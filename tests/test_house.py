@@ -39,13 +39,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heap": set(),
     "guard": {"config", "data", "files", "run"},
     "train": {
-        *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "guard", "heap", "lora"},
-        *{"model", "quant", "resume", "run", "tokenizer", "watch"},
+        *{"attention", "build", "cache", "card", "checkpoint", "config", "data", "files", "fused", "guard", "heap"},
+        *{"lora", "model", "quant", "resume", "run", "tokenizer", "watch"},
     },
     # A dry run of the real modules and the job's own packs: no second account of either that could go stale.
     "dry_run": {"config", "lora", "model", "quant"},
     "zero": {"config", "dry_run"},
-    "plan": {"cache", "config", "data", "dry_run", "model", "tokenizer", "zero"},
+    "plan": {"cache", "config", "data", "dry_run", "fused", "model", "tokenizer", "zero"},
     "draft": set(),
     "screen": {"fused"},
     "decode": {"draft", "fused", "model", "quant", "screen"},

@@ -39,15 +39,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
         losses, gradients = [], []
         for x, labels in zip(x_NC.split(chunk), labels_N.split(chunk), strict=True):
-            scores = linear(x, weight_VC).float()
-            for rows in scores.split(_ROWS):  # in their place: a second copy of all would be the step's peak of memory
-                rows.copy_(rows.log_softmax(1))
-            place = torch.arange(len(x), device=x.device), labels
-            losses.append(-scores[place])
-            probability = scores.exp_()
-            probability[place] -= 1
-            gradients.append(linear(probability.to(x.dtype), weight_VC.T))
-            del scores, probability
+            scores = linear(x, weight_VC)
+            for rows, wanted in zip(scores.split(_ROWS), labels.split(_ROWS), strict=True):
+                wide = rows.float()
+                place = torch.arange(len(rows), device=x.device), wanted
+                probability = wide.softmax(1)
+                # log of the sum of exp: the largest score's probability is exp(0) over exp(-largest) times that sum
+                losses.append(wide.amax(1) - probability.amax(1).log() - wide[place])
+                probability[place] -= 1
+                rows.copy_(probability)  # in their place: a second copy of all would be the step's peak of memory
+            gradients.append(linear(scores, weight_VC.T))
+            del scores, rows
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

@@ -77,7 +77,7 @@ class AttentionKernel(torch.autograd.Function):
     """Stands in for the attention of a packed row, whose kernels no meta tensor shows: right shapes, and what is kept.
 
     On both devices keys and values stand once more for every report, behind those of its prefix. On a CPU
-    (`model.packed_attention`) the rows' own are kept as well, and each report's mask as floats; on a GPU
+    (`model.packed_attention`, in fp32) the rows' own are kept as well, and each report's mask as floats; on a GPU
     (`attention.varlen_attention`) the gradient of keys and values is summed in fp32.
     """
 
@@ -110,8 +110,9 @@ def attention_of(shape: PackShape, device: str) -> Callable[..., Attend]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = masked * q.shape[2] // shape.tokens  # the last layer's queries may be the labels' alone
-        out: Tensor = AttentionKernel.apply(q, k, v, keys, rows, cpu)
-        return out
+        wide = torch.promote_types(q.dtype, torch.float32) if cpu else q.dtype
+        out: Tensor = AttentionKernel.apply(q.to(wide), k.to(wide), v.to(wide), keys, rows, cpu)
+        return out.to(q.dtype)
 
     return lambda segments, queries=None: attend
 

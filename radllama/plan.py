@@ -42,10 +42,9 @@ GB = 2**30
 # A GPU: the CUDA context with cuBLAS' workspaces, NCCL's channels with more than one rank, what the caching allocator
 # loses of the memory that comes and goes, and what the driver keeps of the nominal size. Estimates, not fitted.
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
-# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports, holes of its heap) above its first
-# imports, fitted on the calibration set of bench/plan.py; and what oneDNN compiles for every new length of a pack, in
-# bf16 also for every report's attention, and never frees: counted, 12 and 8 MB each until about 64 lengths were seen.
-PROCESS, PACK_KERNELS, REPORT_KERNELS, LENGTHS = 0.055 * GB, 12 * 2**20, 8 * 2**20, 64
+# A CPU: the process itself (threads, modules that DeepSpeed imports late, reports, oneDNN's kernels, holes of its heap)
+# above its first imports, fitted on the calibration set of bench/plan.py.
+PROCESS = 0.09 * GB
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7
@@ -157,15 +156,12 @@ def plan(config: Config, shape: LlamaConfig, machine: Machine, packing: PackShap
         bucket = {"DeepSpeed's buckets": phases["gradient reduction"]["DeepSpeed's buckets"]}
         phases["gradient reduction"] = added(phases["forward and backward"], bucket)
     stays = sum(base.values())
-    packs = min((t.steps or LENGTHS) * t.accumulation, LENGTHS)
-    reports = min(packs * len(packing.segments), LENGTHS) if dtype == torch.bfloat16 else 0
-    kernels = packs * PACK_KERNELS + reports * REPORT_KERNELS
     for parts in phases.values():
         if machine.device == "cuda":
             parts["CUDA context and NCCL"] = int(CONTEXT + (NCCL if machine.ranks > 1 else 0))
             parts["fragmentation (estimate)"] = int(FRAGMENTATION * (sum(parts.values()) - stays))
         else:
-            parts["process"], parts["compiled kernels"] = int(PROCESS), kernels
+            parts["process"] = int(PROCESS)
             for key, size in host.items():  # the host is the device
                 parts[key] = parts.get(key, 0) + size
     on_host = {key: size * machine.ranks for key, size in host.items()} if machine.device == "cuda" else {}

@@ -244,7 +244,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with Llama 3's; default: the package llama-models'")
     parser.add_argument("--method", choices=list(CONTESTANTS), default="qlora")
     parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what radllama.train would choose"
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto: what radllama.train would choose",
     )
     parser.add_argument("--wordings", type=int, default=1, help="of the instruction, of our 20")
     parser.add_argument("--max-length", type=int, default=1024)

@@ -27,8 +27,10 @@ import torch
 from step import SHAPE, memory
 from tqdm import tqdm
 
+from radllama.attention import row_attention
 from radllama.build import random_model
 from radllama.data import INSTRUCTIONS, Prompt, Reports, Row, pack, read_examples
+from radllama.fused import keep_few_kernels, multiplies_bf16
 from radllama.heap import keep_freed_memory
 from radllama.lora import add_lora, lora_parameters, replace_layer
 from radllama.model import LlamaConfig
@@ -53,8 +55,11 @@ def work(options: argparse.Namespace) -> None:
     """Measure one point, and print it as a JSON line."""
     rank, count, share = options.point
     torch.set_num_threads(options.threads)
+    keep_few_kernels()
     before = memory("VmRSS")
-    model = random_model(LlamaConfig(**SHAPE), 0, device=torch.device("cpu"), dtype=torch.float32)
+    dtype = torch.bfloat16 if multiplies_bf16() else torch.float32  # as radllama.train would choose
+    model = random_model(LlamaConfig(**SHAPE), 0, device=torch.device("cpu"), dtype=dtype)
+    model.packed_attention = row_attention
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             replace_layer(model, f"model.{name}", Linear4bit.from_weight(layer.weight))

@@ -44,7 +44,7 @@ GB = 2**30
 CONTEXT, NCCL, FRAGMENTATION, DRIVER = 0.8 * GB, 1.0 * GB, 0.05, 0.015
 # A CPU: the process itself (threads, modules that DeepSpeed imports late, reports, oneDNN's kernels, holes of its heap)
 # above its first imports, fitted on the calibration set of bench/plan.py.
-PROCESS = 0.09 * GB
+PROCESS = 0.08 * GB
 # Without data: reports beyond the shared prefix spread by half of their mean length (Indiana chest X-rays: 0.50), and
 # the largest step of a run lies about three standard deviations above the mean; a seventh of the tokens is labelled.
 SPREAD, DEVIATIONS, LABELLED = 0.5, 3.0, 1 / 7

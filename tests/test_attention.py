@@ -158,7 +158,9 @@ def test_a_cpu_attends_in_fp32() -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected.bfloat16())
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    grads = zip(torch.autograd.grad(found, narrow, weights), torch.autograd.grad(expected, wide, weights.float()), strict=True)
+    grads = zip(
+        torch.autograd.grad(found, narrow, weights), torch.autograd.grad(expected, wide, weights.float()), strict=True
+    )
     assert all(torch.equal(one, other.bfloat16()) for one, other in grads)
 
 

@@ -247,7 +247,7 @@ def main() -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="auto: what radllama.train would choose",
+        help="auto: what radllama.train chooses",
     )
     parser.add_argument("--wordings", type=int, default=1, help="of the instruction, of our 20")
     parser.add_argument("--max-length", type=int, default=1024)

@@ -100,7 +100,7 @@ def _offsets(lengths: Tensor) -> Tensor:
 def row_attention(segments: Tensor, queries: Tensor | None = None) -> Attend:
     """`model.packed_attention` by the kernel that fits the tensors: one call on a GPU, the plain form elsewhere.
 
-    A CPU attends in fp32 at least: its bf16 kernel takes twice as long, and a compiled product for every report's length.
+    A CPU attends in fp32 at least: its bf16 kernel takes twice as long, and compiles a product for every length.
     queries (N,) int64, ascending: the tokens whose queries are given and outputs wanted; None: all.
     """
     plain = cache(partial(packed_attention, segments, queries))  # made where it is used: a GPU has no need of it

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from radllama import build
 from radllama import plan as planner
+from radllama import train as train_module
 from radllama import zero as zero_module
 from radllama.attention import row_attention
 from radllama.checkpoint import load_model, save_model
@@ -118,6 +119,18 @@ def test_kept_activations_are_those_that_a_real_pass_saves(method: str, pack: Pa
     real = real_kept(model, pack)
     # Live at the end of a pass, and not saved: the last rows, integers, the losses. Saved and not live: views.
     assert found.kept == pytest.approx(real, rel=0.05)
+
+
+def test_in_bf16_a_cpu_keeps_what_attention_computes_in_fp32() -> None:
+    shape, layers = tiny_config(hidden_size=64, num_hidden_layers=3), 3
+    pack = PackShape(((11, -1), *[(40, 0)] * 6), 60, "test")
+    model = random_llama(shape).bfloat16()
+    model.packed_attention = row_attention
+    add_lora(model, rank=4, alpha=8)
+    found = micro_step(
+        meta_model(job("lora"), shape, torch.bfloat16), pack, layers=layers, checkpointing=False, device="cpu", grow=int
+    )
+    assert found.kept == pytest.approx(real_kept(model, pack), rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -304,6 +317,17 @@ def test_parameters_on_a_disk_leave_their_buffers_on_the_host() -> None:
     config = changed(read_config(ROOT / "configs/llama3-8b-full-8gpu.json"), keys)
     planned = plan(config, SHAPES["llama3-8b"], Machine(8, 80 * GB, "cuda"), PACK)
     assert planned.host["parameters' swap buffers"] >= 8 * 10 * 2 * 128_256 * 4096 // 8
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_the_dtype_is_the_one_that_training_chooses(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes in bf16 where it has products for it, and says so; another one in fp32."""
+    for module in (planner, train_module):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda: multiplies)
+    config = job("qlora", dtype="auto")
+    dtype, reason = train_module.choose_dtype(config, torch.device("cpu"))
+    assert dtype == planner.dtype_of(config, "cpu") == (torch.bfloat16 if multiplies else torch.float32)
+    assert "AVX512-BF16" in reason
 
 
 def test_more_of_anything_takes_more() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from radllama import model as model_module
 from radllama.attention import row_attention
 from radllama.data import Row
+from radllama.fused import plain_rms_norm, plain_swiglu
 from radllama.lora import ALL_LINEAR, add_lora, lora_layers, replace_layer
 from radllama.model import MLP, Llama, LlamaConfig, RMSNorm
 from radllama.quant import Linear4bit
@@ -205,18 +205,14 @@ def compile_elementwise() -> None:
     if hasattr(plain, "compiled"):
         return
 
-    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    fused = torch.compile(norm)
+    fused = torch.compile(plain_rms_norm)
 
     def forward(self: RMSNorm, x_BTC: Tensor) -> Tensor:
         return fused(x_BTC, self.weight, self.eps)
 
     forward.compiled = True  # type: ignore[attr-defined]
     RMSNorm.forward = forward  # type: ignore[method-assign]
-    swiglu = torch.compile(lambda gate, up: F.silu(gate) * up)
+    swiglu = torch.compile(plain_swiglu)
     MLP.forward = lambda self, x_BTC: self.down_proj(swiglu(*self.gate_up(x_BTC)))  # type: ignore[method-assign]
     model_module.rotate = torch.compile(model_module.rotate)
 

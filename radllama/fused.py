@@ -137,7 +137,10 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`plain_rms_norm` that keeps x and a number for each row, where autograd keeps three times x in fp32."""
+    """`plain_rms_norm` that keeps x and a number for each row.
+
+    Of what autograd keeps that is half in bf16 (a third where the weight is trained), as much in fp32 (half).
+    """
     result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
 
